@@ -1,0 +1,21 @@
+"""Every error that this package raises on purpose; all derive from :class:`LightningSketchError`."""
+
+
+class LightningSketchError(Exception):
+    """Base of every error that ``lightning_sketch`` raises on purpose."""
+
+
+class ConfigurationError(LightningSketchError, ValueError):
+    """An argument, or the user's training setup, cannot be right; the message names it and the remedy."""
+
+
+class UnsupportedOperatorError(LightningSketchError, NotImplementedError):
+    """An operator of the user's model has no Taylor rule; the message names it, the module, and how to add a rule."""
+
+
+class FidelityError(LightningSketchError, RuntimeError):
+    """The tracked run is not the user's run (different loss, gradient, update, or a value that is not finite)."""
+
+
+class SketchError(LightningSketchError, RuntimeError):
+    """A sketch on disk is missing, torn, altered, of another format version, or does not fit the module."""

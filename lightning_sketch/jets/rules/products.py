@@ -1,0 +1,86 @@
+"""Elementwise products and quotients: the Cauchy product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.jets.registry import jet_rule
+from lightning_sketch.jets.series import add_cauchy, add_square, divide, lift
+from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
+
+aten = torch.ops.aten
+
+
+def lead_of_any(*xs: Any) -> tuple[int, int, int]:
+    """Return ``(R, P, K)`` of the first JetTensor."""
+    return next(x.lead for x in xs if type(x) is JetTensor)
+
+
+def product_block(a: Any, b: Any, shape: torch.Size) -> Tensor:
+    """Orders ``1..R`` of ``a b``: ``y_r = a_0 b_r + a_r b_0 + sum_{i=1..r-1} a_i b_{r-i}``."""
+    a0, b0, ac, bc = primal_of(a), primal_of(b), block_of(a), block_of(b)
+    if ac is None:
+        assert bc is not None
+        a0, b0, ac, bc = b0, a0, bc, ac
+    out = lift(ac, len(shape)) * b0
+    if bc is None:
+        return out if out.shape[3:] == shape else out.expand(*out.shape[:3], *shape).clone()
+    if ac is bc:
+        out *= 2
+        add_square(out, ac)
+        return out
+    lifted = lift(bc, len(shape))
+    out.addcmul_(lifted, a0)
+    if out.shape[0] > 1:
+        add_cauchy(out, lift(ac, len(shape)), lifted)
+    return out
+
+
+@jet_rule(aten.mul.Tensor, aten.mul.Scalar)
+def mul(a: Any, b: Any) -> JetTensor:
+    """``y = a b``."""
+    primal = torch.mul(primal_of(a), primal_of(b))
+    return jet(primal, product_block(a, b, primal.shape), lead_of_any(a, b))
+
+
+@jet_rule(aten.square.default)
+def square(x: JetTensor) -> JetTensor:
+    """``y = x^2``."""
+    return mul(x, x)
+
+
+@jet_rule(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
+def div(a: Any, b: Any) -> JetTensor:
+    """``y = a / b``, from ``b y = a``."""
+    a0, b0, ac, bc = primal_of(a), primal_of(b), block_of(a), block_of(b)
+    primal = torch.true_divide(a0, b0)
+    n = primal.ndim
+    if bc is None:
+        assert ac is not None
+        block = lift(ac, n) / b0
+        if block.shape[3:] != primal.shape:
+            block = block.expand(*block.shape[:3], *primal.shape).clone()
+    else:
+        block = divide(None if ac is None else lift(ac, n), primal, b0, lift(bc, n), primal.shape)
+    return jet(primal, block, lead_of_any(a, b))
+
+
+@jet_rule(aten.addcmul.default)
+def addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> JetTensor:
+    """``y = x + value a b``."""
+    return x + (mul(a, b) if value == 1 else mul(a, b) * value)
+
+
+@jet_rule(aten.addcdiv.default)
+def addcdiv(x: Any, a: Any, b: Any, *, value: float = 1) -> JetTensor:
+    """``y = x + value a / b``."""
+    return x + (div(a, b) if value == 1 else div(a, b) * value)
+
+
+@jet_rule(aten.lerp.Scalar, aten.lerp.Tensor)
+def lerp(a: Any, b: Any, weight: Any) -> JetTensor:
+    """``y = a + weight (b - a)``."""
+    return a + (b - a) * weight
