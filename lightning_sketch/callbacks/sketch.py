@@ -1,0 +1,285 @@
+"""``SketchCallback``: carry Taylor coefficients along the user's run and leave a sketch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_sketch.callbacks._examples import BatchUnits
+from lightning_sketch.directions import Directions, first_order_error, make_directions
+from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.shadow.jets_of_run import RunJets, check_update
+from lightning_sketch.shadow.quiet import ModuleState, RandomState
+from lightning_sketch.shadow.record import StepRecord
+from lightning_sketch.shadow.update import OptimizerSnapshot, count_state_tensors
+from lightning_sketch.shadow.verification import verify_weighting
+from lightning_sketch.shadow.weighting import LossWeighting, PerExampleLoss, training_loss
+from lightning_sketch.shadow.wrapping import check_optimizers, check_trainer, unwrap_training_step, wrap_training_step
+from lightning_sketch.sketch import Shard, write_sketch
+
+_PASS_BYTES = 1 << 30  # working memory that "auto" allows one pass
+
+
+class SketchCallback(pl.Callback):
+    """Carry higher-order derivatives of training, in ``K`` directions of deletion weights, along an unchanged ``Trainer.fit``.
+
+    Every optimizer step is run again on Taylor coefficients, along every direction ``psi``: order ``r`` of any parameter is
+    ``(1/r!) d^r/dz^r`` of its value in a training where unit ``u`` has weight ``1 - psi_u z`` (Gunn, *How to sketch a learning
+    algorithm*). The run itself is left alone: parameters, optimizer state, logs, metrics and random numbers are bit-identical.
+    At the end of training the sketch is written to ``dirpath``.
+
+    Args:
+        dirpath: directory that the sketch is written to.
+        directions: number of random directions, or an explicit array ``(K, n)``, real or complex.
+        degree: highest order of the Taylor coefficients, from 1.
+        design: ``"sphere"``, ``"orthonormal"``, ``"basis"``, ``"indicator"``, ``"common"``, joined with ``+``; for example
+            ``"basis+common"``.
+        units: unit of every example of the train dataset (a user, a vendor, a document), ``-1`` = not deletable; ``None`` = one
+            unit per example.
+        deletion_sets: lists of units, for ``"indicator"``.
+        loss: ``"auto"``, or ``callable(module, batch) -> (B,)`` per-example losses whose mean is the training loss.
+        ids: ``"auto"`` (the batch sampler is traced), a key of the batch, or ``callable(batch) -> (B,)`` rows of the dataset.
+        normalization: ``"batch"`` divides a batch's weighted losses by its size, ``"remaining"`` by the sum of weights.
+        directions_per_pass: how many directions one re-run of the step carries; ``"auto"`` keeps a pass within 1 GiB.
+        seed: of the random directions; two sketches of the same run with different seeds can be merged.
+        every_n_train_steps: also write the sketch after every so many optimizer steps.
+
+    Raises:
+        ConfigurationError: in the constructor, in ``setup`` or on the first batch, naming what is not supported.
+        FidelityError: during training, if the tracked run is not the user's run.
+        UnsupportedOperatorError: on the first batch, if an operator has no Taylor rule.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str],
+        directions: int | np.ndarray = 64,
+        degree: int = 2,
+        *,
+        design: str = "orthonormal",
+        units: Sequence[int] | None = None,
+        deletion_sets: Sequence[Sequence[int]] | None = None,
+        loss: str | PerExampleLoss = "auto",
+        ids: str | Callable[[Any], Any] = "auto",
+        normalization: str = "batch",
+        directions_per_pass: int | str = "auto",
+        seed: int = 0,
+        every_n_train_steps: int | None = None,
+    ) -> None:
+        _check_count("degree", degree)
+        if every_n_train_steps is not None:
+            _check_count("every_n_train_steps", every_n_train_steps)
+        if directions_per_pass != "auto":
+            _check_count("directions_per_pass", directions_per_pass)
+        if isinstance(directions, int):
+            _check_count("directions", directions)
+        self.dirpath = os.fspath(dirpath)
+        self.directions = directions
+        self.degree = degree
+        self.design = design
+        self.deletion_sets = deletion_sets
+        self.directions_per_pass = directions_per_pass
+        self.seed = seed
+        self.every_n_train_steps = every_n_train_steps
+        self.weighting = LossWeighting(loss, normalization)
+        self._units = BatchUnits(units, ids)
+        self._original: Callable[..., Any] | None = None
+        self._hook: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._drawn: Directions | None = None
+        self._blocks: list[RunJets] = []
+        self._names: dict[Tensor, str] = {}
+        self._records: list[StepRecord] = []
+        self._pending: StepRecord | None = None
+        self._snapshot: OptimizerSnapshot | None = None
+        self._verified = False
+        self._steps = 0  # optimizer steps whose jets are carried
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called before dataloaders are built: refuses what cannot be right, and starts to trace the batches."""
+        if stage == "fit":
+            check_trainer(trainer, pl_module, "SketchCallback")
+            self._units.ids.install(trainer)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when optimizer and data exist: draws the directions, says what they cost, and begins to follow the run."""
+        if trainer.global_step > 0:
+            raise ConfigurationError(
+                f"SketchCallback must see training from its first step, but this run starts at step {trainer.global_step}: "
+                "train from the beginning, without `ckpt_path`, with a new Trainer."
+            )
+        self._forget()
+        optimizer = check_optimizers(trainer.optimizers, "SketchCallback")
+        self._units.start(trainer)
+        self._names = {p: name for name, p in pl_module.named_parameters()}
+        n = self._units.num_units
+        self._drawn = make_directions(self.directions, self.design, n, seed=self.seed, deletion_sets=self.deletion_sets)
+        self._blocks = list(self._make_blocks(self._drawn, pl_module))
+        self._announce(pl_module, optimizer)
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._advance(trainer, pl_module))
+        self._original = wrap_training_step(pl_module, lambda step, args: self._recorded(trainer, pl_module, step, args))
+
+    def _make_blocks(self, drawn: Directions, module: pl.LightningModule) -> Iterator[RunJets]:
+        """Directions of one kind each, so that real ones cost half."""
+        first = next(p for p in module.parameters() if p.requires_grad)
+        trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        for real in (True, False):
+            rows = np.flatnonzero(drawn.real == real)
+            size = self.directions_per_pass
+            if size == "auto":  # about eight blocks the size of the parameters are alive in a pass
+                size = max(1, _PASS_BYTES // (8 * trained * self.degree * (1 if real else 2)))
+            for start in range(0, len(rows), int(size)):
+                indices = rows[start : start + int(size)]
+                yield RunJets(indices, drawn.array[indices], self.degree, first.dtype, module.device)
+
+    def _announce(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
+        assert self._drawn is not None
+        degree, n = self.degree, self._units.num_units
+        real = int(self._drawn.real.sum())
+        complex_ = self._drawn.num_directions - real
+        measurements = real + 2 * complex_
+        per_order = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        state = (1 + count_state_tensors(optimizer)) * per_order * measurements * degree
+        cost = real * (2 * degree + degree * (degree - 1) / 2) + complex_ * (4 * degree + 2 * degree * (degree - 1))
+        error = first_order_error(measurements, n)
+        rank_zero_info(
+            f"SketchCallback: {n} units, {self._drawn.num_directions} directions ({real} real, {complex_} complex), degree "
+            f"{degree}; {_bytes(state)} of state; a step costs about {cost:.0f} plain steps; expected relative error of a "
+            f"first-order prediction for a random set of units: {error:.2f}."
+        )
+        if error > 0.5:
+            rank_zero_warn(
+                f"SketchCallback: {measurements} measurements for {n} units predict a random deletion to a relative error of "
+                f"about {error:.2f}. Group examples into fewer units with `units=`, measure more directions, or use another "
+                "`design` ('indicator' for deletion sets known in advance, 'basis+common' for few units)."
+            )
+
+    def _recorded(self, trainer: pl.Trainer, module: pl.LightningModule, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run the user's ``training_step``, remembering what it starts from."""
+        record = StepRecord(
+            args=args,
+            units=self._units.of_batch(args[0]),
+            random_state=RandomState.capture(module.device),
+            module_state=ModuleState.capture(module),
+            buffers={name: b.detach().clone() for name, b in module.named_buffers()},
+            accumulate=trainer.accumulate_grad_batches,
+        )
+        outputs = step(*args)
+        loss = training_loss(outputs)
+        self._pending = None
+        if loss is not None:
+            record.loss = loss.detach().double()
+            self._pending = record
+        return outputs
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called for every batch: takes note of its examples."""
+        self._units.next_batch()
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called after every micro-batch, while the parameters are those that it saw."""
+        if self._pending is None:
+            return
+        self._records.append(self._pending)
+        if not self._verified:
+            self._verified = True
+            self._verify(pl_module, self._pending)
+        self._pending = None
+
+    def _verify(self, module: pl.LightningModule, record: StepRecord) -> None:
+        assert self._original is not None
+        params = {name: p.detach() for name, p in module.named_parameters()}
+        fraction = verify_weighting(module, self._original, self.weighting, record, params)
+        if fraction > 1e-6:
+            rank_zero_info(
+                f"SketchCallback: {100 * fraction:.2g} % of the first batch's loss belongs to no example (regularisation?) and "
+                "is kept in every counterfactual."
+            )
+
+    @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Called before clipping and the update: copies what the update is a function of. A scheduler may move lr after it."""
+        self._snapshot = OptimizerSnapshot.capture(optimizer, self._names) if self._records else None
+
+    def _advance(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Called by the optimizer after its step has really happened: carries the coefficients through the same step."""
+        snapshot, records = self._snapshot, self._records
+        self._snapshot, self._records = None, []
+        if snapshot is None:
+            return
+        assert self._original is not None
+
+        def clip(twin: Optimizer) -> None:
+            value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+            module.configure_gradient_clipping(twin, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
+
+        for block in self._blocks:
+            params = block.advance(module, self._original, self.weighting, records, snapshot, clip, self._steps)
+            check_update(params, self._names, self._steps)
+        self._steps += 1
+        if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
+            self._write(module, snapshot.optimizer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called at the regular end of training: writes the sketch."""
+        if self._steps and not trainer.fast_dev_run:
+            self._write(pl_module, trainer.optimizers[0])
+
+    def _write(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
+        assert self._drawn is not None
+        primal = {name: t.detach().cpu().contiguous() for name, t in (*module.named_parameters(), *module.named_buffers())}
+        shards = (
+            Shard(block.indices, {name: c.cpu() for name, c in block.coefficients(primal).items()}) for block in self._blocks
+        )
+        write_sketch(
+            self.dirpath,
+            primal=primal,
+            shards=shards,
+            directions=self._drawn,
+            unit_of_example=self._units.of_example,
+            degree=self.degree,
+            normalization=self.weighting.normalization,
+            steps=self._steps,
+            optimizer=type(optimizer).__qualname__,
+            loss=self.weighting.name,
+        )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called at the end, also after an exception: puts everything back and lets go of the model."""
+        self._units.ids.remove()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self._original is not None:
+            unwrap_training_step(pl_module, self._original)
+            self._original = None
+        self._forget()
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigurationError(f"`{name}` must be a positive integer but is {value!r}.")
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    raise AssertionError

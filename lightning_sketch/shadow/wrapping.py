@@ -1,0 +1,86 @@
+"""Stand between the Trainer and the user's ``training_step``, and refuse Trainers that this cannot be right for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.optim import LBFGS, Optimizer
+
+from lightning_sketch.errors import ConfigurationError
+
+
+def wrap_training_step(module: Any, around: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> Callable[..., Any]:
+    """Make the Trainer call ``around(training_step, args)`` instead of ``training_step(*args)``; return the original.
+
+    The random state is that of the step only inside this wrapper: hooks of the module and of other callbacks may draw before it.
+    """
+    original: Callable[..., Any] = module.training_step
+
+    @functools.wraps(original)
+    def training_step(*args: Any) -> Any:
+        return around(original, args)
+
+    module.__dict__["training_step"] = training_step
+    return original
+
+
+def unwrap_training_step(module: Any, original: Callable[..., Any]) -> None:
+    """Undo :func:`wrap_training_step`."""
+    if getattr(original, "__self__", None) is module:
+        module.__dict__.pop("training_step", None)
+    else:  # the user had put a function of their own on the instance
+        module.__dict__["training_step"] = original
+
+
+def check_trainer(trainer: Any, module: Any, who: str) -> None:
+    """Refuse, all at once, what makes a re-run of the training step wrong.
+
+    Raises:
+        ConfigurationError: naming every unsupported part of the setup, and the remedy.
+    """
+    problems = []
+    if not module.automatic_optimization:
+        problems.append("manual optimization (set `automatic_optimization = True`)")
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        problems.append(f"strategy {type(trainer.strategy).__name__} (use `devices=1, strategy='auto'`)")
+    if trainer.precision not in ("32-true", "64-true"):
+        problems.append(f"precision {trainer.precision!r} (use '32-true' or '64-true')")
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        problems.append("`training_step(dataloader_iter)` (take `batch` instead)")
+    if problems:
+        raise ConfigurationError(f"{who} does not support: {'; '.join(problems)}.")
+
+
+def check_optimizers(optimizers: list[Optimizer], who: str) -> Optimizer:
+    """Return the one optimizer.
+
+    Raises:
+        ConfigurationError: if there are none or several, or it evaluates the loss more than once a step.
+    """
+    if len(optimizers) != 1:
+        raise ConfigurationError(f"{who} supports one optimizer, but `configure_optimizers` returned {len(optimizers)}.")
+    if isinstance(optimizers[0], LBFGS):
+        raise ConfigurationError(f"{who} does not support LBFGS, whose steps evaluate the loss many times: use StableAdamW or SGD.")
+    return optimizers[0]
+
+
+def count_examples(trainer: Any, ids: Any, units: Any) -> int:
+    """Return the length of the train dataset, or of ``units`` where the dataset has none.
+
+    Raises:
+        ConfigurationError: if neither tells.
+    """
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    try:
+        return len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        if units is None:
+            raise ConfigurationError(
+                f"`units` must be given, since the train dataset (a {type(dataset).__name__}) has no length: "
+                "one unit per example that `ids` can name."
+            ) from None
+        return len(units)
