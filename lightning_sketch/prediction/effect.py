@@ -1,0 +1,269 @@
+"""What a sketch says of one output: predictions of any deletion, with their errors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from scipy.stats import norm
+from torch import Tensor
+
+from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.prediction.estimators import Estimator, make_estimator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prediction:
+    """The predicted output after a deletion, and how far to trust it.
+
+    ``value = baseline + change``, ``by_degree[-1] = value``. All tensors have the dtype, device and units of the output.
+
+    Shape:
+        ``*out`` is the output's shape. From :meth:`Effect.delete_many` every field but ``baseline`` has the deletions,
+        ``m``, before ``*out``.
+
+    Args:
+        baseline: ``(*out)``, the output of the run as it was.
+        value: ``(*out)``, the output predicted had the deleted units not been trained on.
+        change: ``(*out)``, ``value - baseline``.
+        stderr: ``(*out)``, standard error of ``change`` that comes from having sketched finitely many directions.
+        by_degree: ``(degree, *out)``, the value predicted by the series up to each degree ``1..degree``.
+        truncation: ``(*out)``, size of the last Taylor term used, a warning of what the orders left out may hold.
+    """
+
+    baseline: Tensor
+    value: Tensor
+    change: Tensor
+    stderr: Tensor
+    by_degree: Tensor
+    truncation: Tensor
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return ``value -/+ (z stderr + truncation)``, with ``z`` the two-sided normal quantile of ``level``.
+
+        Raises:
+            ConfigurationError: ``level`` is not between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise ConfigurationError(f"`level` is {level}: give a probability between 0 and 1.")
+        half = float(norm.ppf((1 + level) / 2)) * self.stderr + self.truncation
+        return self.value - half, self.value + half
+
+    def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+        """Draw the sorted predicted changes with their 95 % intervals; returns figure and axes."""
+        from lightning_sketch.plotting import plot_prediction  # drawing is optional, so its room loads on demand
+
+        return plot_prediction(self, ax)
+
+    def __repr__(self) -> str:
+        if not self.change.numel():
+            return f"Prediction(shape={tuple(self.change.shape)})"
+        change, stderr, truncation = (float(t.double().mean()) for t in (self.change, self.stderr, self.truncation))
+        mean = "mean " if self.change.numel() > 1 else ""
+        return (
+            f"Prediction(shape={tuple(self.change.shape)}, {mean}change={change:.4g} +- {stderr:.2g}, "
+            f"truncation={truncation:.2g})"
+        )
+
+
+class Effect:
+    """Predicts an output of the trained model under any deletion: ``f(x) = f(0) + sum_r <F_r, x^(x r)>``.
+
+    ``x_u = 1`` deletes unit ``u``, 0 keeps it, a fraction downweights it and a negative number upweights it.
+
+    Args:
+        baseline: ``(*out)`` floating point, the output of the run as it was.
+        coefficients: ``(R, K, *out)`` complex, coefficients of orders ``1..R`` along each direction; the imaginary part
+            is zero for real directions.
+        directions: ``(K, n)`` complex128.
+        units: ``(num_examples,)`` integers, the unit of each training example, -1 for none.
+
+    Raises:
+        ConfigurationError: shapes that do not fit each other, or numbers that are not finite.
+
+    Example:
+        >>> coefficients = torch.tensor([[2.0, 3.0], [1.0, 0.0]], dtype=torch.complex128)  # orders 1, 2 along e_0, e_1
+        >>> effect = Effect(torch.tensor(5.0), coefficients, np.eye(2), np.arange(2))
+        >>> effect.delete(units=[0])
+        Prediction(shape=(), change=3 +- 0, truncation=1)
+    """
+
+    def __init__(self, baseline: Tensor, coefficients: Tensor, directions: np.ndarray, units: np.ndarray) -> None:
+        directions = np.asarray(directions, dtype=np.complex128)
+        shape = tuple(baseline.shape)
+        if not baseline.is_floating_point():
+            raise ConfigurationError(f"`baseline` is {baseline.dtype}: give an output of floating-point numbers.")
+        if directions.ndim != 2:
+            raise ConfigurationError(f"`directions` has shape {directions.shape}: give (K, n).")
+        if coefficients.ndim < 2 or not len(coefficients) or tuple(coefficients.shape[1:]) != (len(directions), *shape):
+            raise ConfigurationError(
+                f"`coefficients` has shape {tuple(coefficients.shape)}: give (R, K, *out) with K = {len(directions)} "
+                f"directions and the output's shape {shape}."
+            )
+        if not (
+            torch.isfinite(baseline).all() and torch.isfinite(coefficients).all() and np.isfinite(directions).all()
+        ):
+            raise ConfigurationError(
+                "`baseline`, `coefficients` or `directions` holds NaN or infinity: the run diverged along a direction, "
+                "so sketch again at a lower degree, in float64 or with a larger optimizer eps."
+            )
+        units = np.asarray(units)
+        if units.ndim != 1 or units.dtype.kind not in "iu" or units.max(initial=-1) >= directions.shape[1]:
+            raise ConfigurationError(
+                f"`units` must give each example an integer below {directions.shape[1]}, the columns of `directions`."
+            )
+        self.baseline = baseline.detach()
+        self.coefficients = coefficients.detach()
+        self._directions = directions
+        self._units = units
+        self._examples_per_unit = np.bincount(units[units >= 0], minlength=self.num_units)
+        self._baseline = self.baseline.cpu().double().numpy().reshape(-1)
+        self._flat = self.coefficients.cpu().to(torch.complex128).numpy().reshape(self.degree, len(directions), -1)
+        self._estimators: dict[str, Estimator] = {}
+
+    @property
+    def degree(self) -> int:
+        """``R``, the highest order available."""
+        return len(self.coefficients)
+
+    @property
+    def num_units(self) -> int:
+        """``n``."""
+        return int(self._directions.shape[1])
+
+    def delete(
+        self,
+        units: Sequence[int] | None = None,
+        *,
+        examples: Sequence[int] | None = None,
+        weights: ArrayLike | None = None,
+        estimator: str = "auto",
+        degree: int | None = None,
+    ) -> Prediction:
+        """Predict one deletion, given in exactly one of three ways.
+
+        Args:
+            units: units to delete.
+            examples: rows of the training dataset to delete; they must make up whole units.
+            weights: ``(n,)``, the deletion weight ``x`` of every unit.
+            estimator: ``auto``, ``kernel``, ``mean`` or ``median_of_means``.
+            degree: highest order used, ``1..R``; ``None`` is ``R``.
+
+        Raises:
+            ConfigurationError: any argument that can not be right.
+        """
+        given = [value is not None for value in (units, examples, weights)]
+        if sum(given) != 1:
+            raise ConfigurationError(
+                f"give exactly one of `units`, `examples` and `weights`, not {sum(given)} of them."
+            )
+        if weights is not None:
+            x = self._check_weights(weights, (self.num_units,))[None]
+        else:
+            x = np.zeros((1, self.num_units))
+            x[0, self._check_units(units) if units is not None else self._units_of(examples)] = 1
+        return self._predict(x, tuple(self.baseline.shape), estimator, degree)
+
+    def delete_many(
+        self, sets: Sequence[Sequence[int]] | np.ndarray | Tensor, *, estimator: str = "auto", degree: int | None = None
+    ) -> Prediction:
+        """Predict ``m`` deletions in one contraction.
+
+        Args:
+            sets: a list of lists of units; or an array of deletion weights ``x``, ``(m, n)``.
+            estimator: as in :meth:`delete`.
+            degree: as in :meth:`delete`.
+
+        Raises:
+            ConfigurationError: any argument that can not be right.
+        """
+        if isinstance(sets, np.ndarray | Tensor):
+            x = self._check_weights(sets, (len(sets) if sets.ndim else 0, self.num_units))
+        else:
+            x = np.zeros((len(sets), self.num_units))
+            for row, units in zip(x, sets, strict=True):
+                row[self._check_units(units)] = 1
+        return self._predict(x, (len(x), *self.baseline.shape), estimator, degree)
+
+    def _predict(self, x: np.ndarray, shape: tuple[int, ...], estimator: str, degree: int | None) -> Prediction:
+        if degree is None:
+            degree = self.degree
+        elif isinstance(degree, bool) or not isinstance(degree, Integral) or not 1 <= degree <= self.degree:
+            raise ConfigurationError(f"`degree` is {degree!r}: this sketch has degrees 1 to {self.degree}.")
+        if estimator not in self._estimators:
+            self._estimators[estimator] = make_estimator(estimator, self._directions, self._flat)
+        terms, stderr = self._estimators[estimator](x, int(degree))
+        change = terms.sum(axis=0)
+
+        def tensor(array: np.ndarray, *leading: int) -> Tensor:
+            return torch.from_numpy(array).reshape((*leading, *shape)).to(self.baseline)
+
+        return Prediction(
+            baseline=self.baseline,
+            value=tensor(change + self._baseline),
+            change=tensor(change),
+            stderr=tensor(stderr),
+            by_degree=tensor(np.cumsum(terms, axis=0) + self._baseline, int(degree)),
+            truncation=tensor(np.abs(terms[-1])),
+        )
+
+    def _check_units(self, units: Sequence[int]) -> np.ndarray:
+        index = _indices(units, "units")
+        if len(index) and not (index.min() >= 0 and index.max() < self.num_units):
+            raise ConfigurationError(f"`units` holds {units}: this sketch has units 0 to {self.num_units - 1}.")
+        return index
+
+    def _units_of(self, examples: Any) -> np.ndarray:
+        index = _indices(examples, "examples")
+        if len(index) and not (index.min() >= 0 and index.max() < len(self._units)):
+            raise ConfigurationError(
+                f"`examples` holds {examples}: this sketch has examples 0 to {len(self._units) - 1}."
+            )
+        units = self._units[index]
+        if (units < 0).any():
+            raise ConfigurationError(
+                f"`examples` holds {index[np.argmin(units)]}, which belongs to no unit: sketch again with one for it."
+            )
+        deleted = np.bincount(units, minlength=self.num_units)
+        if len(partly := np.flatnonzero((deleted > 0) & (deleted < self._examples_per_unit))):
+            unit = int(partly[0])
+            raise ConfigurationError(
+                f"`examples` holds {deleted[unit]} of the {self._examples_per_unit[unit]} examples of unit {unit}: "
+                "a sketch of groups can not delete part of one, so delete the whole unit or sketch with finer `units`."
+            )
+        return np.flatnonzero(deleted)
+
+    def _check_weights(self, weights: Any, shape: tuple[int, ...]) -> np.ndarray:
+        try:
+            x = np.asarray(weights.detach().cpu() if isinstance(weights, Tensor) else weights, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"`weights` is {type(weights).__name__}: give real numbers of shape {shape}."
+            ) from error
+        if x.shape != shape:
+            raise ConfigurationError(
+                f"`weights` has shape {x.shape}: give {shape}, one weight per unit (lists of units go in lists)."
+            )
+        if not np.isfinite(x).all():
+            raise ConfigurationError("`weights` holds NaN or infinity: give finite numbers.")
+        return x
+
+
+def _indices(given: Any, name: str) -> np.ndarray:
+    """Return distinct integers as ``(k,)`` int64."""
+    try:
+        index = np.asarray(given)
+    except ValueError as error:
+        raise ConfigurationError(f"`{name}` is {given!r}: give a flat list of integers.") from error
+    if index.ndim != 1 or (index.dtype.kind not in "iu" and len(index)):
+        raise ConfigurationError(f"`{name}` is {given!r}: give a flat list of integers.")
+    if len(index) != len(set(index.tolist())):
+        raise ConfigurationError(f"`{name}` holds {given!r}, with an entry twice: list every one once.")
+    return index.astype(np.int64)
