@@ -1,0 +1,489 @@
+"""The sketch: a training run and its Taylor coefficients in the deleted data, on disk.
+
+The format and its reader are in ``_sketch_format.py``, the writer's file handling in ``_sketch_writer.py``. Longer than
+most files because reading, writing and merging share one class.
+"""
+
+import contextlib
+import copy
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load as parse_tensors
+from torch import Tensor
+
+from lightning_sketch._sketch_format import (
+    COEFFICIENT_DTYPES,
+    DTYPE_NAMES,
+    DTYPES,
+    FORMAT_VERSION,
+    JSON_NAME,
+    MAX_REGENERATED_ENTRIES,
+    check_digest,
+    check_header,
+    damaged,
+    expected_tensors,
+    open_data,
+    read_metadata,
+)
+from lightning_sketch._sketch_writer import SketchWriter, writing
+from lightning_sketch.directions import Directions, count_units, make_from_recipe, units_checksum
+from lightning_sketch.errors import ConfigurationError, SketchError
+
+_PROBE_TOLERANCE = 1e-9
+# What two sketches must share to be parts of one: all but the directions.
+_SAME_RUN = ("degree", "dtype", "num_examples", "num_units", "steps", "normalization", "optimizer", "loss")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The coefficients of some of the directions.
+
+    Args:
+        indices: ``(k,)`` int64, the rows of ``Sketch.directions`` that this shard holds.
+        coefficients: parameter or buffer name -> ``(R, P, k, *S)`` float32 or float64: orders ``1 .. R``, ``P`` = 2
+            (real and imaginary parts) or 1 (all its directions are real), and the tensor's own shape ``S``. A tensor
+            that does not change with the data is absent.
+    """
+
+    indices: np.ndarray
+    coefficients: dict[str, Tensor]
+
+
+class Sketch:
+    """A sketch on disk: the final tensors of one training run and their Taylor coefficients in the deleted data.
+
+    Along direction ``psi_j`` a tensor is ``theta(psi_j z) = theta_0 + sum_{r=1..R} c_jr z^r``. Numbers are read from
+    disk when they are asked for, and their SHA-256 is checked each time.
+
+    Attributes:
+        dirpath: the directory.
+        metadata: the content of ``sketch.json``.
+        degree: ``R``.
+        num_directions: ``K``.
+        num_units: ``n``.
+        num_examples: length of the training dataset.
+        num_bytes: size of all data files, in bytes.
+        dtype: dtype of the coefficients, ``torch.float32`` or ``torch.float64``.
+        steps: optimizer steps of the run.
+        normalization: ``"batch"`` or ``"remaining"``.
+        optimizer: the optimizer of the run, in words.
+        loss: the loss of the run, in words.
+    """
+
+    def __init__(self, dirpath: Path, metadata: dict[str, Any]) -> None:
+        """Use :meth:`load`, which checks what it reads."""
+        self.dirpath = dirpath
+        self.metadata = metadata
+        self.degree: int = metadata["degree"]
+        self.num_directions: int = metadata["num_directions"]
+        self.num_units: int = metadata["num_units"]
+        self.num_examples: int = metadata["num_examples"]
+        self.num_bytes: int = sum(entry["bytes"] for entry in metadata["files"].values())
+        self.dtype: torch.dtype = DTYPES[metadata["dtype"]]
+        self.steps: int = metadata["steps"]
+        self.normalization: str = metadata["normalization"]
+        self.optimizer: str = metadata["optimizer"]
+        self.loss: str = metadata["loss"]
+
+    @classmethod
+    def load(cls, dirpath: str | os.PathLike[str]) -> "Sketch":
+        """Open a sketch and check everything that can be checked without reading its tensors.
+
+        That is ``sketch.json`` completely, and for each data file that it is a regular file of the recorded size whose
+        header lists exactly the expected names, dtypes and shapes.
+
+        Raises:
+            SketchError: a file is missing, torn, altered, not a regular file, or of a newer format version.
+        """
+        path = Path(dirpath)
+        metadata = read_metadata(path / JSON_NAME)
+        try:
+            for name, tensors in expected_tensors(metadata).items():
+                check_header(path / name, metadata["files"][name], tensors)
+        except SketchError:
+            if read_metadata(path / JSON_NAME) == metadata:
+                raise
+            return cls.load(path)  # a writer replaced the sketch while we read
+        return cls(path, metadata)
+
+    def verify(self) -> None:
+        """Hash every file again, and check the unit map and the directions.
+
+        Raises:
+            SketchError: a file is missing or altered, or the recipe of the directions does not give them back.
+        """
+        Sketch.load(self.dirpath)
+        for name, entry in self.metadata["files"].items():
+            with open_data(self.dirpath / name, entry) as file:
+                check_digest(self.dirpath / name, entry, hashlib.file_digest(file, "sha256").hexdigest())
+        self._read_units()
+        self._read_directions()
+
+    @cached_property
+    def primal(self) -> dict[str, Tensor]:
+        """The run's own final parameters and buffers by name, as they were: ``c_0``, shared by all directions."""
+        return self._read(self.metadata["primal"]["file"])
+
+    @cached_property
+    def units(self) -> np.ndarray:
+        """``(num_examples,)`` int64: the unit of each training example, -1 where it can not be deleted."""
+        return self._read_units()
+
+    @cached_property
+    def directions(self) -> np.ndarray:
+        """``(K, n)`` complex128: the directions ``psi_j``, one per row."""
+        return self._read_directions().array
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield the coefficients, one shard file at a time.
+
+        Raises:
+            SketchError: a shard is missing or altered.
+        """
+        for entry in self.metadata["coefficients"]["shards"]:
+            yield Shard(np.array(entry["directions"], dtype=np.int64), self._read(entry["file"]))
+
+    def check_fits(self, module: torch.nn.Module) -> None:
+        """Check that ``module`` has the tensors of the sketched model.
+
+        Raises:
+            SketchError: a parameter or persistent buffer is missing on either side, or has another shape.
+        """
+        saved = {name: tuple(entry["shape"]) for name, entry in self.metadata["primal"]["tensors"].items()}
+        kept = module.state_dict().keys()
+        required = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        required |= {name: tuple(buffer.shape) for name, buffer in module.named_buffers() if name in kept}
+        # A sketch may also name a tied tensor twice, or hold buffers that are not persistent.
+        known = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(remove_duplicate=False)}
+        known |= {name: tuple(tensor.shape) for name, tensor in module.named_buffers(remove_duplicate=False)}
+        faults = [f"`{name}` is missing from the sketch" for name in required if name not in saved]
+        faults += [f"`{name}` is missing from the module" for name in saved if name not in known]
+        faults += [
+            f"`{name}` has shape {shape} in the sketch and {known[name]} in the module"
+            for name, shape in saved.items()
+            if name in known and known[name] != shape
+        ]
+        if faults:
+            shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+            raise SketchError(
+                f"`module` does not fit, the sketch `{self.dirpath}` is of another model: {shown}: "
+                "give the module that was trained, built with the same arguments."
+            )
+
+    @classmethod
+    def merge(cls, sketches: "Sequence[Sketch]", out: str | os.PathLike[str]) -> "Sketch":
+        """Join sketches of one run along different directions; the directions are stacked in the order given.
+
+        Args:
+            sketches: at least two, from runs that differ in nothing but the directions (another ``seed``).
+            out: directory of the result.
+
+        Returns:
+            The merged sketch. Shards are copied one at a time.
+
+        Raises:
+            ConfigurationError: fewer than two sketches.
+            SketchError: the parts are of different runs, hold a direction twice, or one of them can not be read.
+        """
+        if len(sketches) < 2:
+            raise ConfigurationError(f"`sketches` holds {len(sketches)}: give at least two to merge.")
+        _check_mergeable(sketches)
+        recipes = [sketch.metadata["directions"]["recipe"] for sketch in sketches]
+        flat = [part for recipe in recipes for part in recipe.get("merged", [recipe])]
+        stacked = Directions(
+            np.concatenate([sketch.directions for sketch in sketches]), {"design": "merged", "merged": flat}
+        )
+        first = sketches[0]
+        metadata = copy.deepcopy(first.metadata)
+        with writing(out) as writer:
+            metadata["primal"]["file"] = writer.copy("primal", *first._locate(first.metadata["primal"]["file"]))
+            if first.metadata["units"]["file"] is not None:
+                metadata["units"]["file"] = writer.copy("units", *first._locate(first.metadata["units"]["file"]))
+            metadata["directions"] = _save_directions(writer, stacked)
+            metadata["num_directions"] = stacked.num_directions
+            shards: list[dict[str, Any]] = []
+            start = 0
+            for sketch in sketches:
+                for entry in sketch.metadata["coefficients"]["shards"]:
+                    file = writer.copy(f"coefficients-{len(shards):05d}", *sketch._locate(entry["file"]))
+                    rows = [start + row for row in entry["directions"]]
+                    shards.append({"file": file, "planes": entry["planes"], "directions": rows})
+                start += sketch.num_directions
+            metadata["coefficients"]["shards"] = writer.number(shards)
+            writer.commit(metadata)
+        return cls.load(out)
+
+    def __repr__(self) -> str:
+        """Say what is in it and how large it is."""
+        return (
+            f"Sketch({str(self.dirpath)!r}: {self.num_units} units of {self.num_examples} examples, "
+            f"{self.num_directions} directions, degree {self.degree}, {str(self.dtype).removeprefix('torch.')}, "
+            f"{self.steps} steps of {self.optimizer}, {self.num_bytes:,} bytes)"
+        )
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        """Read a data file into memory; its bytes are hashed before they become numbers."""
+        path, entry = self._locate(name)
+        with open_data(path, entry) as file:
+            data = file.read(entry["bytes"])
+        check_digest(path, entry, hashlib.sha256(data).hexdigest())
+        try:
+            return parse_tensors(data)
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise damaged(path, f"is not a safetensors file ({error})") from error
+
+    def _locate(self, name: str) -> tuple[Path, dict[str, Any]]:
+        return self.dirpath / name, self.metadata["files"][name]
+
+    def _read_units(self) -> np.ndarray:
+        name = self.metadata["units"]["file"]
+        units = np.arange(self.num_examples) if name is None else self._read(name)["units"].numpy()
+        if units_checksum(units) != self.metadata["units"]["checksum"]:
+            raise damaged(self.dirpath / (name or JSON_NAME), "does not give the unit map that was recorded")
+        units.setflags(write=False)
+        return units
+
+    def _read_directions(self) -> Directions:
+        recorded = self.metadata["directions"]
+        if recorded["file"] is None:
+            return self._regenerate_directions()
+        array = self._read(recorded["file"])["directions"].numpy().view(np.complex128)[..., 0]
+        array.setflags(write=False)
+        directions = Directions(array, recorded["recipe"])
+        if directions.checksum() != recorded["checksum"]:
+            raise damaged(self.dirpath / recorded["file"], "does not hold the directions that were recorded")
+        return directions
+
+    def _regenerate_directions(self) -> Directions:
+        recorded, path = self.metadata["directions"], self.dirpath / JSON_NAME
+        try:
+            # Counted first: a stranger's recipe must not make us allocate more than `sketch.json` says.
+            if _count_rows(recorded["recipe"], self.num_units) != self.num_directions:
+                raise damaged(path, f"has a recipe that does not make {self.num_directions} directions")
+            directions = _follow_recipe(recorded["recipe"], self.num_units)
+        except (ConfigurationError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
+            raise damaged(path, f"has a recipe of directions that can not be followed ({error})") from error
+        if directions.checksum() != recorded["checksum"]:
+            probe = np.array(recorded["probe"], dtype=np.float64)
+            if not np.allclose(_probe(directions.array), probe, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE):
+                raise SketchError(
+                    f"`{path}` has a recipe that gives other directions here than when it was written: install "
+                    f"numpy {self.metadata['versions']['numpy']}, or restore the file from a backup."
+                )
+        return directions
+
+
+def write_sketch(
+    dirpath: str | os.PathLike[str],
+    *,
+    primal: dict[str, Tensor],
+    shards: Iterable[Shard],
+    directions: Directions,
+    unit_of_example: np.ndarray,
+    degree: int,
+    normalization: str,
+    steps: int,
+    optimizer: str,
+    loss: str,
+) -> Sketch:
+    """Write a sketch; a sketch that was in ``dirpath`` stays readable until the new one is complete, then goes.
+
+    Args:
+        dirpath: the directory, made if need be.
+        primal: the run's final parameters and buffers by name.
+        shards: the coefficients; each shard is written as it comes, so that one at a time is in memory. Together they
+            hold each direction once, and each holds the same names.
+        directions: the ``K`` directions in ``C^n``.
+        unit_of_example: ``(num_examples,)`` int64, the unit of each training example, -1 = not deletable.
+        degree: ``R``.
+        normalization: ``"batch"`` or ``"remaining"``.
+        steps: optimizer steps done.
+        optimizer: the optimizer, in words.
+        loss: the loss, in words.
+
+    Returns:
+        The sketch, loaded from what was written.
+
+    Raises:
+        ConfigurationError: the arguments do not fit each other.
+        SketchError: the directory can not be written, or another process is writing it.
+    """
+    units = np.asarray(unit_of_example, dtype=np.int64)
+    num_units = count_units(units)
+    if directions.num_units != num_units:
+        raise ConfigurationError(
+            f"`directions` has {directions.num_units} columns and `unit_of_example` {num_units} units: make them agree."
+        )
+    if unsupported := [name for name, tensor in primal.items() if tensor.dtype not in DTYPE_NAMES]:
+        raise ConfigurationError(
+            f"`primal` holds `{unsupported[0]}` of {primal[unsupported[0]].dtype}: use one of {', '.join(DTYPES)}."
+        )
+    real = directions.real
+    with writing(dirpath) as writer:
+        primal_file = writer.save("primal", primal)
+        units_file = None
+        if not np.array_equal(units, np.arange(len(units))):
+            units_file = writer.save("units", {"units": torch.from_numpy(units)})
+        recorded_directions = _save_directions(writer, directions)
+        entries: list[dict[str, Any]] = []
+        layout: tuple[tuple[str, ...], torch.dtype] | None = None
+        held: list[int] = []
+        for shard in shards:
+            layout = _check_shard(shard, primal, real, degree, layout)
+            file = writer.save(f"coefficients-{len(entries):05d}", shard.coefficients)
+            rows = [int(row) for row in shard.indices]
+            planes = next(iter(shard.coefficients.values())).shape[1]
+            entries.append({"file": file, "planes": planes, "directions": rows})
+            held += rows
+        if layout is None or sorted(held) != list(range(directions.num_directions)):
+            raise ConfigurationError(
+                f"`shards` holds {len(held)} directions, {len(set(held))} of them different, "
+                f"of {directions.num_directions}: give each once."
+            )
+        names, dtype = layout
+        writer.commit(
+            {
+                "format": "lightning_sketch",
+                "format_version": FORMAT_VERSION,
+                "degree": int(degree),
+                "dtype": DTYPE_NAMES[dtype],
+                "num_directions": directions.num_directions,
+                "num_units": num_units,
+                "num_examples": len(units),
+                "steps": int(steps),
+                "normalization": normalization,
+                "optimizer": optimizer,
+                "loss": loss,
+                "units": {"checksum": units_checksum(units), "file": units_file},
+                "directions": recorded_directions,
+                "primal": {
+                    "file": primal_file,
+                    "tensors": {
+                        name: {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+                        for name, tensor in primal.items()
+                    },
+                },
+                "coefficients": {"names": list(names), "shards": writer.number(entries)},
+            }
+        )
+    return Sketch.load(dirpath)
+
+
+def _check_shard(
+    shard: Shard,
+    primal: dict[str, Tensor],
+    real: np.ndarray,
+    degree: int,
+    layout: tuple[tuple[str, ...], torch.dtype] | None,
+) -> tuple[tuple[str, ...], torch.dtype]:
+    """Check a shard against the primal and the shard before it; return the names and the dtype it holds."""
+    indices, tensors = np.asarray(shard.indices), shard.coefficients
+    if not tensors or indices.ndim != 1 or not len(indices) or indices.dtype.kind not in "iu":
+        raise ConfigurationError(
+            "`shards` holds one without integer `indices` (k,) or without coefficients: leave it out."
+        )
+    if indices.min() < 0 or indices.max() >= len(real):
+        raise ConfigurationError(f"`shards` holds rows {indices.tolist()}: give rows of the {len(real)} directions.")
+    planes = next(iter(tensors.values())).shape[1:2]
+    if planes not in ((2,), (1,)) or (planes == (1,) and not real[indices].all()):
+        raise ConfigurationError(
+            f"`shards` has P = {list(planes)} for rows {indices.tolist()}: 2, or 1 if all are real."
+        )
+    for name, tensor in tensors.items():
+        if name not in primal:
+            raise ConfigurationError(f"`shards` holds `{name}`, which is not in `primal`: give the same names to both.")
+        expected = (degree, *planes, len(indices), *primal[name].shape)
+        if tuple(tensor.shape) != expected or DTYPE_NAMES.get(tensor.dtype) not in COEFFICIENT_DTYPES:
+            raise ConfigurationError(
+                f"`shards` holds `{name}` of shape {tuple(tensor.shape)} and {tensor.dtype}: "
+                f"give (R, P, k, *S) = {expected}, float32 or float64."
+            )
+    found = tuple(sorted(tensors)), next(iter(tensors.values())).dtype
+    if any(tensor.dtype != found[1] for tensor in tensors.values()) or layout not in (None, found):
+        raise ConfigurationError(
+            "`shards` holds different names or dtypes: give every shard the same names and one dtype."
+        )
+    return found
+
+
+def _check_mergeable(sketches: Sequence[Sketch]) -> None:
+    """Refuse parts that are not of one run, and directions that two parts hold."""
+    first = sketches[0]
+    seen: set[bytes] = set()
+    for sketch in sketches:
+        differing = [key for key in _SAME_RUN if sketch.metadata[key] != first.metadata[key]]
+        if sketch.metadata["units"]["checksum"] != first.metadata["units"]["checksum"]:
+            differing.append("unit map")
+        if _primal_digest(sketch) != _primal_digest(first) or (
+            sketch.metadata["coefficients"]["names"] != first.metadata["coefficients"]["names"]
+        ):
+            differing.append("final parameters")
+        if differing:
+            raise SketchError(
+                f"`{sketch.dirpath}` is of another run than `{first.dirpath}` ({', '.join(differing)} differ): "
+                "merge only sketches of runs that are equal but for their directions."
+            )
+        rows = {row.tobytes() for row in sketch.directions}
+        if rows & seen:
+            raise SketchError(
+                f"`{sketch.dirpath}` holds directions that an earlier part holds too: sketch with another `seed`, "
+                "and with what a design does not draw (basis, indicator, common) in one part only."
+            )
+        seen |= rows
+
+
+def _primal_digest(sketch: Sketch) -> str:
+    return str(sketch.metadata["files"][sketch.metadata["primal"]["file"]]["sha256"])
+
+
+def _save_directions(writer: SketchWriter, directions: Directions) -> dict[str, Any]:
+    """Record directions, as an array only where their recipe does not give them back."""
+    array = directions.array
+    recorded: dict[str, Any] = {
+        "recipe": directions.recipe,
+        "checksum": directions.checksum(),
+        "probe": _probe(array).tolist(),
+        "file": None,
+    }
+    if array.size <= MAX_REGENERATED_ENTRIES:
+        with contextlib.suppress(ConfigurationError):  # raised for an explicit array
+            if _follow_recipe(directions.recipe, directions.num_units).checksum() == recorded["checksum"]:
+                return recorded
+    parts = np.stack([array.real, array.imag], axis=-1)
+    return {**recorded, "file": writer.save("directions", {"directions": torch.from_numpy(parts)})}
+
+
+def _follow_recipe(recipe: dict[str, Any], num_units: int) -> Directions:
+    if "merged" not in recipe:
+        return make_from_recipe(recipe, num_units)
+    array = np.concatenate([make_from_recipe(part, num_units).array for part in recipe["merged"]])
+    array.setflags(write=False)
+    return Directions(array, recipe)
+
+
+def _count_rows(recipe: dict[str, Any], num_units: int) -> int:
+    """Return how many directions a recipe makes, without making them."""
+    if "merged" in recipe:
+        return sum(_count_rows(part, num_units) for part in recipe["merged"] if "merged" not in part)
+    names = [name.strip() for name in str(recipe["design"]).split("+")]
+    count = int(recipe["count"])
+    if count < 1:
+        raise ValueError(f"`count` is {count}")
+    rows = num_units * names.count("basis") + count * (names.count("sphere") + names.count("orthonormal"))
+    rows += len(recipe["deletion_sets"] or ()) * names.count("indicator")
+    return 2 * rows + 1 if "common" in names else rows
+
+
+def _probe(array: np.ndarray) -> np.ndarray:
+    """``(K, 2)`` float64: real and imaginary part of ``Psi w``, ``w_u = cos(u)``."""
+    products = array @ np.cos(np.arange(array.shape[1]))
+    return np.stack([products.real, products.imag], axis=1)

@@ -1,0 +1,69 @@
+"""Small sketches for tests, and the numbers that they hold."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_sketch.directions import Directions, make_directions
+from lightning_sketch.sketch import Shard, Sketch, write_sketch
+
+SHAPES = {"layer.weight": (3, 2), "layer.bias": (3,), "scale": ()}
+UNITS = [0, 0, 1, 2, -1, 3]
+
+
+def make_primal(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    primal = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).float() for name, shape in SHAPES.items()
+    }
+    return {**primal, "steps_seen": torch.tensor(7), "precise": torch.ones(2, dtype=torch.bfloat16)}
+
+
+def make_shards(directions: Directions, degree: int, size: int = 2, dtype: torch.dtype = torch.float32) -> list[Shard]:
+    """Shards of random coefficients; real directions first, each kind in shards of at most ``size``."""
+    generator = torch.Generator().manual_seed(1)
+    shards = []
+    for rows, planes in ((np.flatnonzero(directions.real), 1), (np.flatnonzero(~directions.real), 2)):
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            blocks = {
+                name: torch.randn(degree, planes, len(part), *shape, generator=generator, dtype=dtype)
+                for name, shape in SHAPES.items()
+            }
+            shards.append(Shard(part, blocks))
+    return shards
+
+
+def write(dirpath: Path, *, design: Any = 3, names: str = "basis+sphere", seed: int = 0, **changes: Any) -> Sketch:
+    units = np.array(changes.pop("units", UNITS))
+    directions = make_directions(design, names, int(units.max()) + 1, seed=seed)
+    degree = changes.get("degree", 2)
+    arguments = {
+        "primal": make_primal(),
+        "shards": make_shards(directions, degree),
+        "directions": directions,
+        "unit_of_example": units,
+        "degree": degree,
+        "normalization": "batch",
+        "steps": 12,
+        "optimizer": "SGD",
+        "loss": "auto",
+    }
+    return write_sketch(dirpath, **{**arguments, **changes})
+
+
+def data_file(dirpath: Path, stem: str) -> Path:
+    (path,) = dirpath.glob(f"{stem}*.safetensors")
+    return path
+
+
+def flip(position: float) -> Callable[[Path], None]:
+    def flip_bit(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[int(position * (len(data) - 1))] ^= 4
+        path.write_bytes(data)
+
+    return flip_bit
