@@ -15,6 +15,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -152,14 +153,14 @@ def main() -> None:
     console.print("± is one standard error plus the last Taylor term. Over all 360 test images:")
     console.print("\n".join(summary), highlight=False)
 
-    for name, p in predictions.items():
-        axes = plot_predicted_against_retrained(
-            p.change, retrained[name], p.stderr, ax=None if name == "7" else axes, label=f"without {name}"
-        )[1]
-    axes.set_title("Change of 360 test losses")
-    axes.set_xlabel("change after retraining (nats)")
-    axes.set_ylabel("predicted change (nats)")
-    axes.figure.savefig(out / "predicted_against_retrained.png", dpi=150)
+    figure, panels = plt.subplots(1, len(WITHDRAWN), figsize=(12, 4), layout="constrained")
+    for panel, (name, p) in zip(panels, predictions.items(), strict=True):
+        plot_predicted_against_retrained(p.change, retrained[name], p.stderr, ax=panel, label="degree 3")
+        plot_predicted_against_retrained(p.by_degree[0] - baseline, retrained[name], ax=panel, label="first order alone")
+        panel.set_title(f"without sources {name}")
+        panel.set_xlabel("change of test loss after retraining (nats)")
+        panel.set_ylabel("predicted change (nats)")
+    figure.savefig(out / "predicted_against_retrained.png", dpi=100)
 
     crossover = (sketch_seconds + prepare_seconds) / max(retrain_seconds - query_seconds, 1e-9)
     console.print(
