@@ -23,7 +23,7 @@ class BatchUnits:
         ids: ``"auto"``, a key of the batch, or ``callable(batch) -> (B,)`` integers.
     """
 
-    def __init__(self, units: Sequence[int] | None, ids: str | Callable[[Any], Any]) -> None:
+    def __init__(self, units: Sequence[int] | None, ids: Callable[[Any], Any] | str) -> None:
         self.given = units
         self.ids = ExampleIds(ids)
         self.of_example = np.zeros(0, dtype=np.int64)
@@ -38,9 +38,9 @@ class BatchUnits:
         """Number of deletion units."""
         return count_units(self.of_example)
 
-    def next_batch(self) -> None:
-        """Called once for every training batch, in order."""
-        self._traced = self.ids.next_batch()
+    def next_batch(self, trainer: Any, batch_idx: int) -> None:
+        """Called for every training batch, in order."""
+        self._traced = self.ids.next_batch(trainer, batch_idx)
 
     def of_batch(self, batch: Any) -> Tensor:
         """Return the unit of every example, int64 ``(B,)``.
@@ -52,7 +52,7 @@ class BatchUnits:
         unknown = (ids < 0) | (ids >= len(self.of_example))
         if bool(unknown.any()):
             raise ConfigurationError(
-                f"`ids` gave example {int(ids[unknown][0])}, but the train dataset has examples 0 to {len(self.of_example) - 1}: "
-                "make `ids` return rows of the train dataset."
+                f"`ids` gave example {int(ids[unknown][0])}, but the train dataset has examples 0 to "
+                f"{len(self.of_example) - 1}: make `ids` return rows of the train dataset."
             )
         return torch.as_tensor(self.of_example)[ids]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,20 +12,21 @@ from typing_extensions import override
 
 from lightning_sketch.callbacks._examples import BatchUnits
 from lightning_sketch.errors import ConfigurationError
-from lightning_sketch.shadow.weighting import LossWeighting, PerExampleLoss
-from lightning_sketch.shadow.wrapping import check_trainer, unwrap_training_step, wrap_training_step
+from lightning_sketch.shadow.weighting import LossWeighting, Normalization, PerExampleLoss
+from lightning_sketch.shadow.wrapping import check_start, check_trainer, unwrap_training_step, wrap_training_step
 
 
 class Reweight(pl.Callback):
     """Train with some units deleted or reweighted: same batches, same random numbers, same normalisation.
 
-    Example ``i`` of unit ``u`` enters the training loss with weight ``1 - x_u``. Unlike the other callbacks this one changes the
-    run; it needs the same seeds, model and data as the run whose counterfactual it is.
+    Example ``i`` of unit ``u`` enters the training loss with weight ``1 - x_u``. Unlike the other callbacks this one
+    changes the run; it needs the same seeds, model and data as the run whose counterfactual it is.
 
     Args:
         units: unit of every example of the train dataset, ``-1`` = not deletable; ``None`` = one unit per example.
         delete: units to delete (``x_u = 1``).
-        weights: deletion weights ``x``, shape ``(n,)``, instead of ``delete``; fractions downweight, negative ones up-weight.
+        weights: deletion weights ``x``, shape ``(n,)``, instead of ``delete``; fractions downweight, negative ones
+            up-weight.
         loss: as in :class:`SketchCallback`.
         ids: as in :class:`SketchCallback`.
         normalization: ``"batch"`` divides a batch's weighted losses by its size, ``"remaining"`` by the sum of weights.
@@ -40,9 +41,9 @@ class Reweight(pl.Callback):
         delete: Sequence[int] = (),
         *,
         weights: Sequence[float] | None = None,
-        loss: str | PerExampleLoss = "auto",
-        ids: str | Callable[[Any], Any] = "auto",
-        normalization: str = "batch",
+        loss: Literal["auto"] | PerExampleLoss = "auto",
+        ids: Callable[[Any], Any] | str = "auto",
+        normalization: Normalization = "batch",
     ) -> None:
         if weights is not None and len(delete):
             raise ConfigurationError("`delete` and `weights` exclude each other: give one of them.")
@@ -63,13 +64,16 @@ class Reweight(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when the train dataset is known: reads the deletion and takes the place of ``training_step``."""
+        check_start(trainer, "Reweight")
         self._units.start(trainer)
         n = self._units.num_units
         x = np.zeros(n)
         if self.weights is not None:
             x = np.asarray(self.weights, dtype=np.float64)
             if x.shape != (n,) or not np.isfinite(x).all():
-                raise ConfigurationError(f"`weights` must be {n} finite numbers, one per unit, but has shape {x.shape}.")
+                raise ConfigurationError(
+                    f"`weights` must be {n} finite numbers, one per unit, but has shape {x.shape}."
+                )
         elif any(not 0 <= u < n for u in self.delete):
             raise ConfigurationError(f"`delete` must name units 0 to {n - 1} but is {self.delete}.")
         x[self.delete] = 1
@@ -85,14 +89,21 @@ class Reweight(pl.Callback):
         return weighting(module, step, args, kept)
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Called for every batch: takes note of its examples."""
-        self._units.next_batch()
+        self._units.next_batch(trainer, batch_idx)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called at the end, also after an exception: puts everything back."""
+        """Called at the end: puts everything back."""
         self._units.ids.remove()
         if self._original is not None:
             unwrap_training_step(pl_module, self._original)
             self._original = None
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called where training fails, when Lightning calls no ``teardown``."""
+        self.teardown(trainer, pl_module, "fit")

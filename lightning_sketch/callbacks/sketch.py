@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,36 +17,42 @@ from lightning_sketch.callbacks._examples import BatchUnits
 from lightning_sketch.directions import Directions, first_order_error, make_directions
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.jets_of_run import RunJets, check_update
-from lightning_sketch.shadow.quiet import ModuleState, RandomState
-from lightning_sketch.shadow.record import StepRecord
+from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step
 from lightning_sketch.shadow.update import OptimizerSnapshot, count_state_tensors
 from lightning_sketch.shadow.verification import verify_weighting
-from lightning_sketch.shadow.weighting import LossWeighting, PerExampleLoss, training_loss
-from lightning_sketch.shadow.wrapping import check_optimizers, check_trainer, unwrap_training_step, wrap_training_step
+from lightning_sketch.shadow.weighting import LossWeighting, Normalization, PerExampleLoss
+from lightning_sketch.shadow.wrapping import (
+    check_optimizers,
+    check_start,
+    check_trainer,
+    unwrap_training_step,
+    wrap_training_step,
+)
 from lightning_sketch.sketch import Shard, write_sketch
 
 _PASS_BYTES = 1 << 30  # working memory that "auto" allows one pass
 
 
 class SketchCallback(pl.Callback):
-    """Carry higher-order derivatives of training, in ``K`` directions of deletion weights, along an unchanged ``Trainer.fit``.
+    """Carry higher-order derivatives of training by deletion weights along an unchanged ``Trainer.fit``.
 
-    Every optimizer step is run again on Taylor coefficients, along every direction ``psi``: order ``r`` of any parameter is
-    ``(1/r!) d^r/dz^r`` of its value in a training where unit ``u`` has weight ``1 - psi_u z`` (Gunn, *How to sketch a learning
-    algorithm*). The run itself is left alone: parameters, optimizer state, logs, metrics and random numbers are bit-identical.
-    At the end of training the sketch is written to ``dirpath``.
+    Every optimizer step is run again on Taylor coefficients, along every direction ``psi``: order ``r`` of any
+    parameter is ``(1/r!) d^r/dz^r`` of its value in a training where unit ``u`` has weight ``1 - psi_u z`` (Gunn, *How
+    to sketch a learning algorithm*). The run itself is left alone: parameters, optimizer state, logs, metrics and
+    random numbers are bit-identical. At the end of training the sketch is written to ``dirpath``.
 
     Args:
         dirpath: directory that the sketch is written to.
         directions: number of random directions, or an explicit array ``(K, n)``, real or complex.
         degree: highest order of the Taylor coefficients, from 1.
-        design: ``"sphere"``, ``"orthonormal"``, ``"basis"``, ``"indicator"``, ``"common"``, joined with ``+``; for example
-            ``"basis+common"``.
-        units: unit of every example of the train dataset (a user, a vendor, a document), ``-1`` = not deletable; ``None`` = one
-            unit per example.
+        design: ``"sphere"``, ``"orthonormal"``, ``"basis"``, ``"indicator"``, ``"common"``, joined with ``+``; for
+            example ``"basis+common"``.
+        units: unit of every example of the train dataset (a user, a vendor, a document), ``-1`` = not deletable;
+            ``None`` = one unit per example.
         deletion_sets: lists of units, for ``"indicator"``.
         loss: ``"auto"``, or ``callable(module, batch) -> (B,)`` per-example losses whose mean is the training loss.
-        ids: ``"auto"`` (the batch sampler is traced), a key of the batch, or ``callable(batch) -> (B,)`` rows of the dataset.
+        ids: ``"auto"`` (the batch sampler is traced), a key of the batch, or ``callable(batch) -> (B,)`` rows of the
+            dataset.
         normalization: ``"batch"`` divides a batch's weighted losses by its size, ``"remaining"`` by the sum of weights.
         directions_per_pass: how many directions one re-run of the step carries; ``"auto"`` keeps a pass within 1 GiB.
         seed: of the random directions; two sketches of the same run with different seeds can be merged.
@@ -67,10 +73,10 @@ class SketchCallback(pl.Callback):
         design: str = "orthonormal",
         units: Sequence[int] | None = None,
         deletion_sets: Sequence[Sequence[int]] | None = None,
-        loss: str | PerExampleLoss = "auto",
-        ids: str | Callable[[Any], Any] = "auto",
-        normalization: str = "batch",
-        directions_per_pass: int | str = "auto",
+        loss: Literal["auto"] | PerExampleLoss = "auto",
+        ids: Callable[[Any], Any] | str = "auto",
+        normalization: Normalization = "batch",
+        directions_per_pass: int | Literal["auto"] = "auto",
         seed: int = 0,
         every_n_train_steps: int | None = None,
     ) -> None:
@@ -92,7 +98,7 @@ class SketchCallback(pl.Callback):
         self.weighting = LossWeighting(loss, normalization)
         self._units = BatchUnits(units, ids)
         self._original: Callable[..., Any] | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -102,7 +108,9 @@ class SketchCallback(pl.Callback):
         self._records: list[StepRecord] = []
         self._pending: StepRecord | None = None
         self._snapshot: OptimizerSnapshot | None = None
+        self._tracked = TrackedTensors()
         self._verified = False
+        self._depth = 0
         self._steps = 0  # optimizer steps whose jets are carried
 
     @override
@@ -114,22 +122,22 @@ class SketchCallback(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when optimizer and data exist: draws the directions, says what they cost, and begins to follow the run."""
-        if trainer.global_step > 0:
-            raise ConfigurationError(
-                f"SketchCallback must see training from its first step, but this run starts at step {trainer.global_step}: "
-                "train from the beginning, without `ckpt_path`, with a new Trainer."
-            )
-        self._forget()
-        optimizer = check_optimizers(trainer.optimizers, "SketchCallback")
+        """Called when optimizer and data exist: draws the directions, says the cost, begins to follow the run."""
+        check_start(trainer, "SketchCallback")
+        optimizer = check_optimizers(trainer.optimizers, pl_module, "SketchCallback")
         self._units.start(trainer)
         self._names = {p: name for name, p in pl_module.named_parameters()}
         n = self._units.num_units
         self._drawn = make_directions(self.directions, self.design, n, seed=self.seed, deletion_sets=self.deletion_sets)
         self._blocks = list(self._make_blocks(self._drawn, pl_module))
         self._announce(pl_module, optimizer)
-        self._hook = optimizer.register_step_post_hook(lambda *_: self._advance(trainer, pl_module))
-        self._original = wrap_training_step(pl_module, lambda step, args: self._recorded(trainer, pl_module, step, args))
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._enter_step()),
+            optimizer.register_step_post_hook(lambda *_: self._leave_step(trainer, pl_module)),
+        ]
+        self._original = wrap_training_step(
+            pl_module, lambda step, args: self._recorded(trainer, pl_module, step, args)
+        )
 
     def _make_blocks(self, drawn: Directions, module: pl.LightningModule) -> Iterator[RunJets]:
         """Directions of one kind each, so that real ones cost half."""
@@ -155,45 +163,51 @@ class SketchCallback(pl.Callback):
         cost = real * (2 * degree + degree * (degree - 1) / 2) + complex_ * (4 * degree + 2 * degree * (degree - 1))
         error = first_order_error(measurements, n)
         rank_zero_info(
-            f"SketchCallback: {n} units, {self._drawn.num_directions} directions ({real} real, {complex_} complex), degree "
-            f"{degree}; {_bytes(state)} of state; a step costs about {cost:.0f} plain steps; expected relative error of a "
-            f"first-order prediction for a random set of units: {error:.2f}."
+            f"SketchCallback: {n} units, {self._drawn.num_directions} directions ({real} real, {complex_} complex), "
+            f"degree {degree}; {_bytes(state)} of state; a step costs about {cost:.0f} plain steps; expected relative "
+            f"error of a first-order prediction for a random set of units: {error:.2f}."
         )
         if error > 0.5:
             rank_zero_warn(
-                f"SketchCallback: {measurements} measurements for {n} units predict a random deletion to a relative error of "
-                f"about {error:.2f}. Group examples into fewer units with `units=`, measure more directions, or use another "
-                "`design` ('indicator' for deletion sets known in advance, 'basis+common' for few units)."
+                f"SketchCallback: {measurements} measurements for {n} units predict a random deletion to a relative "
+                f"error of about {error:.2f}. Group examples into fewer units with `units=`, measure more directions, "
+                "or use another `design` ('indicator' for deletion sets known in advance, 'basis+common' for few "
+                "units)."
             )
 
-    def _recorded(self, trainer: pl.Trainer, module: pl.LightningModule, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    def _recorded(
+        self, trainer: pl.Trainer, module: pl.LightningModule, step: Callable[..., Any], args: tuple[Any, ...]
+    ) -> Any:
         """Run the user's ``training_step``, remembering what it starts from."""
-        record = StepRecord(
-            args=args,
-            units=self._units.of_batch(args[0]),
-            random_state=RandomState.capture(module.device),
-            module_state=ModuleState.capture(module),
-            buffers={name: b.detach().clone() for name, b in module.named_buffers()},
-            accumulate=trainer.accumulate_grad_batches,
-        )
-        outputs = step(*args)
-        loss = training_loss(outputs)
-        self._pending = None
-        if loss is not None:
-            record.loss = loss.detach().double()
-            self._pending = record
+        self._tracked.check(_tensors(module), self._steps)
+        others = self._outside_optimizer(trainer, module)
+        self._tracked.note(others)
+        units = self._units.of_batch(args[0])
+        outputs, self._pending = record_step(module, step, args, units, others, trainer.accumulate_grad_batches)
         return outputs
 
+    def _outside_optimizer(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
+        held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+        return {name: t for name, t in _tensors(module).items() if id(t) not in held}
+
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Called for every batch: takes note of its examples."""
-        self._units.next_batch()
+        self._units.next_batch(trainer, batch_idx)
+
+    @override
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Called where a new gradient begins: it has nothing of the micro-batches before."""
+        self._records = []
 
     @override
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called after every micro-batch, while the parameters are those that it saw."""
         if self._pending is None:
             return
+        self._tracked.note(self._outside_optimizer(trainer, pl_module))
         self._records.append(self._pending)
         if not self._verified:
             self._verified = True
@@ -202,21 +216,37 @@ class SketchCallback(pl.Callback):
 
     def _verify(self, module: pl.LightningModule, record: StepRecord) -> None:
         assert self._original is not None
-        params = {name: p.detach() for name, p in module.named_parameters()}
+        params = dict(module.named_parameters())
         fraction = verify_weighting(module, self._original, self.weighting, record, params)
         if fraction > 1e-6:
             rank_zero_info(
-                f"SketchCallback: {100 * fraction:.2g} % of the first batch's loss belongs to no example (regularisation?) and "
-                "is kept in every counterfactual."
+                f"SketchCallback: {100 * fraction:.2g} % of the first batch's loss belongs to no example "
+                "(regularisation?) and is kept in every counterfactual."
             )
 
     @override
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Called before clipping and the update: copies what the update is a function of. A scheduler may move lr after it."""
-        self._snapshot = OptimizerSnapshot.capture(optimizer, self._names) if self._records else None
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Called before clipping and the update: copies what the update is a function of."""
+        if self._snapshot is not None:
+            raise ConfigurationError(
+                f"SketchCallback does not support {type(optimizer).__name__}, whose steps evaluate the loss more than "
+                "once: use StableAdamW or SGD."
+            )
+        self._snapshot = OptimizerSnapshot.capture(optimizer, self._names, pl_module) if self._records else None
+
+    def _enter_step(self) -> None:
+        self._depth += 1
+
+    def _leave_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Called after a step has really happened, while ``global_step`` is still that of the step."""
+        self._depth -= 1
+        if self._depth == 0:  # an optimizer's `super().step()` has hooks too
+            self._advance(trainer, module)
 
     def _advance(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Called by the optimizer after its step has really happened: carries the coefficients through the same step."""
+        """Carry the coefficients through the step that has just been made."""
         snapshot, records = self._snapshot, self._records
         self._snapshot, self._records = None, []
         if snapshot is None:
@@ -229,7 +259,8 @@ class SketchCallback(pl.Callback):
 
         for block in self._blocks:
             params = block.advance(module, self._original, self.weighting, records, snapshot, clip, self._steps)
-            check_update(params, self._names, self._steps)
+            check_update(params, snapshot, self._names, self._steps)
+        self._tracked.note(dict(module.named_parameters()))
         self._steps += 1
         if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
             self._write(module, snapshot.optimizer)
@@ -237,14 +268,17 @@ class SketchCallback(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called at the regular end of training: writes the sketch."""
-        if self._steps and not trainer.fast_dev_run:
+        if self._steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write(pl_module, trainer.optimizers[0])
 
     def _write(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
         assert self._drawn is not None
-        primal = {name: t.detach().cpu().contiguous() for name, t in (*module.named_parameters(), *module.named_buffers())}
+        # as the last step left them: another callback may average parameters at the end
+        last = self._tracked.values
+        primal = {name: last[name].cpu().contiguous() for name in _tensors(module) if name in last}
         shards = (
-            Shard(block.indices, {name: c.cpu() for name, c in block.coefficients(primal).items()}) for block in self._blocks
+            Shard(block.indices, {name: c.cpu() for name, c in block.coefficients(primal).items()})
+            for block in self._blocks
         )
         write_sketch(
             self.dirpath,
@@ -261,15 +295,24 @@ class SketchCallback(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called at the end, also after an exception: puts everything back and lets go of the model."""
+        """Called at the end: puts everything back and lets go of the model."""
         self._units.ids.remove()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         if self._original is not None:
             unwrap_training_step(pl_module, self._original)
             self._original = None
         self._forget()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called where training fails, when Lightning calls no ``teardown``."""
+        self.teardown(trainer, pl_module, "fit")
+
+
+def _tensors(module: pl.LightningModule) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _check_count(name: str, value: Any) -> None:

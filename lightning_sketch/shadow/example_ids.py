@@ -20,12 +20,13 @@ class _TracedBatchSampler:
 
     def __init__(self, batch_sampler: Any) -> None:
         self.batch_sampler = batch_sampler
-        self.given: deque[list[int]] = deque()
+        self._given: deque[tuple[int, list[int]]] = deque()
 
     def __iter__(self) -> Iterator[Any]:
-        self.given.clear()
-        for batch in self.batch_sampler:
-            self.given.append(list(batch))
+        # a deque of its own for every epoch: workers may still prefetch for the last one
+        given = self._given = deque()
+        for i, batch in enumerate(self.batch_sampler):
+            given.append((i, list(batch)))
             yield batch
 
     def __len__(self) -> int:
@@ -35,6 +36,14 @@ class _TracedBatchSampler:
         if name == "batch_sampler":  # not yet set while being unpickled in a worker
             raise AttributeError(name)
         return getattr(self.batch_sampler, name)
+
+    def take(self, batch_idx: int) -> list[int] | None:
+        """Return the rows of this batch of the epoch; forgets it and those before, which collated to ``None``."""
+        while self._given:
+            i, rows = self._given.popleft()
+            if i >= batch_idx:
+                return rows if i == batch_idx else None
+        return None
 
 
 class ExampleIds:
@@ -47,11 +56,11 @@ class ExampleIds:
         ConfigurationError: if ``ids`` is none of these.
     """
 
-    def __init__(self, ids: str | Callable[[Any], Any]) -> None:
+    def __init__(self, ids: Callable[[Any], Any] | str) -> None:
         if not isinstance(ids, str) and not callable(ids):
             raise ConfigurationError(f"`ids` must be 'auto', a key of the batch or a callable but is {ids!r}.")
         self.ids = ids
-        self._traced: list[tuple[DataLoader[Any], _TracedBatchSampler, Any]] = []
+        self._traced: tuple[DataLoader[Any], _TracedBatchSampler] | None = None
         self._undo: Callable[[], None] | None = None
 
     def install(self, trainer: Any) -> None:
@@ -75,32 +84,42 @@ class ExampleIds:
         self._undo = undo
 
     def _trace(self, dataloader: Any) -> None:
-        self._restore_loaders()
+        self._restore_loader()
         refuse_untraceable(dataloader)
-        sampler = dataloader.batch_sampler
-        traced = _TracedBatchSampler(sampler)
+        traced = _TracedBatchSampler(dataloader.batch_sampler)
         dataloader.__dict__["batch_sampler"] = traced  # DataLoader.__setattr__ forbids the public way
-        self._traced.append((dataloader, traced, sampler))
+        self._traced = (dataloader, traced)
 
     def remove(self) -> None:
-        """Leave strategy and dataloaders as they were; may be called twice."""
+        """Leave strategy and dataloader as they were; may be called twice."""
         if self._undo is not None:
             self._undo()
             self._undo = None
-        self._restore_loaders()
+        self._restore_loader()
 
-    def _restore_loaders(self) -> None:
-        for dataloader, _, sampler in self._traced:
-            dataloader.__dict__["batch_sampler"] = sampler
-        self._traced.clear()
+    def _restore_loader(self) -> None:
+        if self._traced is not None:
+            dataloader, traced = self._traced
+            dataloader.__dict__["batch_sampler"] = traced.batch_sampler
+            self._traced = None
 
-    def next_batch(self) -> list[int] | None:
-        """Take the traced rows of the next training batch; ``None`` where ids come from the batch itself."""
+    def next_batch(self, trainer: Any, batch_idx: int) -> list[int] | None:
+        """Return the traced rows of the next training batch; ``None`` where ids come from the batch itself.
+
+        Raises:
+            ConfigurationError: if the batches do not come from the one traced dataloader, in its order.
+        """
         if self.ids != "auto":
             return None
-        if not self._traced or not self._traced[0][1].given:
-            raise ConfigurationError(f'`ids="auto"` lost track of the batches (is the train dataloader unusual?): {_REMEDY}.')
-        return self._traced[0][1].given.popleft()
+        loader = trainer.train_dataloader
+        if self._traced is not None and loader is not self._traced[0]:  # several loaders, each processed on its own
+            refuse_untraceable(loader)
+        rows = None if self._traced is None else self._traced[1].take(batch_idx)
+        if rows is None:
+            raise ConfigurationError(
+                f'`ids="auto"` lost track of the batches (is the train dataloader unusual?): {_REMEDY}.'
+            )
+        return rows
 
     def of_batch(self, batch: Any, traced: list[int] | None) -> Tensor:
         """Return the dataset rows of ``batch``, int64 on the CPU, shape ``(B,)``.

@@ -1,8 +1,8 @@
-"""The jets of a whole run along one block of directions: parameters, buffers and optimizer state, advanced step by step."""
+"""The jets of a whole run along one block of directions, advanced step by step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sketch.errors import FidelityError
-from lightning_sketch.jets.tensor import JetTensor, Lead, wrap
+from lightning_sketch.jets.tensor import JetTensor, Lead, jet, wrap
 from lightning_sketch.shadow import update
-from lightning_sketch.shadow.record import StepRecord, replay
+from lightning_sketch.shadow.quiet import quiet
+from lightning_sketch.shadow.record import StepRecord, call_with_tensors, replay
 from lightning_sketch.shadow.update import OptimizerSnapshot, StateBlocks
 from lightning_sketch.shadow.weighting import LossWeighting
 
-# How far a re-run in the same arithmetic may be from the run itself; another dropout mask or a forgotten term is off by 1e-2 or more
+# How far a re-run in the same arithmetic may be from the run itself; another dropout mask or a forgotten term is off by
+# 1e-2 or more
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
@@ -43,9 +45,10 @@ class RunJets:
         self.params: dict[str, Tensor | None] = {}
         self.buffers: dict[str, Tensor | None] = {}
         self.state: StateBlocks = {}
+        self._carried: frozenset[str] = frozenset()
 
     def weights(self, units: Tensor, dtype: torch.dtype) -> JetTensor:
-        """Weights ``w_i = 1 - x_u(i)`` along the directions, shape ``(B,)``: order 1 is ``-psi_u(i)``, higher orders vanish."""
+        """Weights ``w_i = 1 - x_u(i)`` along the directions, ``(B,)``: order 1 is ``-psi_u(i)``, the others vanish."""
         units = units.to(self.psi.device)
         coefficients = torch.zeros(*self.lead, len(units), dtype=self.psi.dtype, device=self.psi.device)
         coefficients[0] = -self.psi[:, :, units.clamp(min=0)] * (units >= 0)
@@ -71,23 +74,33 @@ class RunJets:
             FidelityError: if the re-run's loss or gradient is not the user's, or anything is not finite.
         """
         params = {
-            name: wrap(value.clone(), [self.params.get(name)], self.lead, requires_grad=True)
+            name: wrap(value.clone(), [self.params.get(name)], self.lead, requires_grad=name in snapshot.trainable)
             for name, value in snapshot.params.items()
         }
         gradients: dict[str, JetTensor | None] = dict.fromkeys(params)
         for record in records:
             found = self._gradient(module, training_step, weighting, record, params, step)
-            for name, g in zip(params, found, strict=True):
+            for name, g in found.items():
                 if g is not None:
                     before = gradients[name]
-                    gradients[name] = g if before is None else before + g  # type: ignore[assignment]
+                    gradients[name] = g if before is None else before + g
         check_gradients(gradients, snapshot.gradients, step)
-        for p in params.values():
-            p.requires_grad_(False)
-        self.state = update.step(snapshot, params, gradients, self.state, self.lead, clip)
+        with quiet(module, snapshot.random_state, snapshot.module_state):
+            theirs = {name: self._as_in_run(gradients[name], g) for name, g in snapshot.gradients.items()}
+            # An override of `configure_gradient_clipping` may clip the parameters of the module
+            self.state = call_with_tensors(
+                module, dict(params), lambda: update.step(snapshot, params, theirs, self.state, self.lead, clip)
+            )
         self.params.update({name: p.block for name, p in params.items()})
         self._check_finite(step)
         return params
+
+    def _as_in_run(self, gradient: JetTensor | None, of_run: Tensor | None) -> JetTensor | None:
+        """The gradient with order 0 as in the run, to the last bit, in memory of its own: clipping works in place."""
+        if of_run is None:
+            return None
+        block = None if gradient is None else gradient.block
+        return jet(of_run.clone(), None if block is None else block.clone(), self.lead)
 
     def _gradient(
         self,
@@ -97,28 +110,36 @@ class RunJets:
         record: StepRecord,
         params: dict[str, JetTensor],
         step: int,
-    ) -> tuple[Any, ...]:
+    ) -> dict[str, Any]:
         tensors: dict[str, Tensor] = dict(params)
         for name, value in record.buffers.items():
             value = value.clone()
             floating = value.dtype.is_floating_point
             tensors[name] = wrap(value, [self.buffers.get(name)], self.lead) if floating else value
         weights = self.weights(record.units, self.psi.dtype)
-        loss = replay(module, record, training_step, weighting, weights, tensors)
-        check_loss(loss, record, step)
-        for name in record.buffers:
-            buffer = tensors[name]
-            self.buffers[name] = buffer.block if type(buffer) is JetTensor else None
-        if record.accumulate != 1:
-            loss = loss / record.accumulate
-        return torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        trained = {name: p for name, p in params.items() if p.requires_grad}
+
+        def differentiate(loss: Tensor) -> tuple[Any, ...]:
+            check_loss(loss, record, step)
+            if record.accumulate != 1:
+                loss = loss / record.accumulate
+            return torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+
+        found, self._carried = replay(
+            module, record, training_step, weighting, weights, tensors, differentiate, self._carried
+        )
+        for name, buffer in tensors.items():
+            if name not in params:
+                self.buffers[name] = buffer.block if type(buffer) is JetTensor else None
+        return dict(zip(trained, found, strict=True))
 
     def _check_finite(self, step: int) -> None:
         total = sum(b.sum() for b in self.params.values() if b is not None)
         if isinstance(total, Tensor) and not bool(total.isfinite()):
             raise FidelityError(
-                f"The Taylor coefficients of the parameters are not finite after optimizer step {step}: the run is not stable "
-                "at this degree; use `StableAdamW` (eps inside the root) or SGD, a lower `degree`, or a smaller learning rate."
+                f"The Taylor coefficients of the parameters are not finite after optimizer step {step}: the run is not "
+                "stable at this degree; use `StableAdamW` (eps inside the root) or SGD, a lower `degree`, or a "
+                "smaller learning rate."
             )
 
     def coefficients(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,14 +161,16 @@ def check_loss(loss: Tensor, record: StepRecord, step: int) -> None:
     ours, theirs = _primal(loss).detach().double(), record.loss
     assert theirs is not None
     if not bool(theirs.isfinite()):
-        raise FidelityError(f"The training loss is {theirs.item()} at optimizer step {step}: a sketch needs a finite run.")
+        raise FidelityError(
+            f"The training loss is {theirs.item()} at optimizer step {step}: a sketch needs a finite run."
+        )
     tolerance = TOLERANCE.get(_primal(loss).dtype, 1e-3)
     if not bool((ours - theirs).abs() <= tolerance * (1 + theirs.abs())):
         raise FidelityError(
             f"Running `training_step` again at optimizer step {step} gives loss {ours.item():.8g}, but the run had "
-            f"{theirs.item():.8g}: the step depends on something besides parameters, buffers, the batch, module attributes and "
-            "random generators (a metric object used as the loss, a file, an object changed in place), or `loss` is not the "
-            "training loss."
+            f"{theirs.item():.8g}: the step depends on something besides parameters, buffers, the batch, module "
+            "attributes and random generators (a metric object used as the loss, a file, an object changed in place), "
+            "or `loss` is not the training loss."
         )
 
 
@@ -158,47 +181,75 @@ def check_gradients(ours: dict[str, JetTensor | None], theirs: dict[str, Tensor 
         FidelityError: naming the parameter that differs.
     """
     overall = sum((g.double().square().sum() for g in theirs.values() if g is not None), torch.zeros(())).sqrt()
-    excess, names = [], []
+    excess = {}
     for name, g in theirs.items():
         mine = ours[name]
-        if (g is None) != (mine is None):
-            which = "has no gradient in the run" if g is None else "has a gradient in the run"
-            raise FidelityError(f"Parameter `{name}` {which} at optimizer step {step}, but not in the re-run of `training_step`.")
-        if g is None or mine is None:
+        if g is None:
+            if mine is not None:
+                raise FidelityError(
+                    f"Parameter `{name}` has no gradient in the run at optimizer step {step}, but has one in the "
+                    "re-run of `training_step`: does a hook set it to None?"
+                )
             continue
         allowed = TOLERANCE.get(g.dtype, 1e-3) * (g.double().norm() + 1e-2 * overall)
-        excess.append((mine.primal - g).double().norm() - allowed)
-        names.append(name)
-    if not names:
-        return
-    worst = torch.stack(excess)
-    if not bool((worst <= 0).all()):  # also where it is NaN
-        name = names[int(worst.nan_to_num(float("inf")).argmax())]
+        difference = (
+            g if mine is None else mine.primal - g
+        )  # without one a parameter may still have zeros, from an earlier step
+        excess[name] = difference.double().norm() - allowed
+    worst = _worst(excess)
+    if worst is not None:
         raise FidelityError(
-            f"The gradient of `{name}` in the re-run of `training_step` is not the run's `p.grad` at optimizer step {step} "
-            f"(or is not finite): a gradient hook, another dropout mask, or a kernel with a random state of its own changed it."
+            f"The gradient of `{worst}` in the re-run of `training_step` is not the run's `p.grad` at optimizer step "
+            f"{step} (or is not finite): a gradient hook, another dropout mask, or a kernel with a random state of its "
+            "own changed it."
         )
 
 
-def check_update(params: dict[str, JetTensor], names: dict[Tensor, str], step: int) -> None:
-    """Require the parameters after our step of the optimizer to be the user's, up to rounding.
+def check_update(
+    params: dict[str, JetTensor], snapshot: OptimizerSnapshot, names: Mapping[Tensor, str], step: int
+) -> None:
+    """Require gradients and parameters after our step of the optimizer to be the user's, up to rounding.
+
+    Args:
+        params: our parameters after the step; their ``grad`` is the clipped gradient.
+        snapshot: the user's optimizer before the step.
+        names: the user's parameters, after the step, and their names.
+        step: number of the optimizer step.
 
     Raises:
         FidelityError: naming the parameter that differs.
     """
-    excess, order = [], []
+    gradients, values = {}, {}
     for p, name in names.items():
-        if name in params:
-            value = p.detach()
-            scale = value.double().norm() + 1e-3
-            excess.append((params[name].primal - value).double().norm() - TOLERANCE.get(p.dtype, 1e-3) * scale)
-            order.append(name)
-    worst = torch.stack(excess)
-    if not bool((worst <= 0).all()):
-        name = order[int(worst.nan_to_num(float("inf")).argmax())]
+        if name not in params:
+            continue
+        mine, value, tolerance = params[name], p.detach(), TOLERANCE.get(p.dtype, 1e-3)
+        if p.grad is not None and mine.grad is not None:
+            clipped = mine.grad.primal  # type: ignore[attr-defined]
+            gradients[name] = (clipped - p.grad).double().norm() - tolerance * p.grad.double().norm()
+        # relative to the update, not to the parameter: one step changes little of it
+        rounding = 8 * torch.finfo(p.dtype).eps * value.double().norm()
+        moved = (value - snapshot.params[name]).double().norm()
+        values[name] = (mine.primal - value).double().norm() - tolerance * moved - rounding
+    worst = _worst(gradients)
+    if worst is not None:
         raise FidelityError(
-            f"`{name}` after optimizer step {step} is not what the optimizer class gives on the same gradient: a hook changes "
-            "gradients or parameters after the backward pass, or the optimizer keeps state outside `optimizer.state`."
+            f"The gradient of `{worst}` was changed between the backward pass and optimizer step {step} by something "
+            "else than `configure_gradient_clipping` (a hook such as `on_before_optimizer_step`): clip or scale it "
+            "there."
+        )
+    worst = _worst(values)
+    if worst is not None:
+        raise FidelityError(
+            f"`{worst}` after optimizer step {step} is not what the optimizer class gives on the same gradient: a hook "
+            "changes parameters or hyper-parameters around the step, or the optimizer keeps state outside "
+            "`optimizer.state`."
         )
 
 
+def _worst(excess: dict[str, Tensor]) -> str | None:
+    """The name whose difference exceeds what is allowed by most, also where it is NaN; ``None`` if all are fine."""
+    if not excess:
+        return None
+    each = torch.stack(list(excess.values()))  # one synchronisation with the device, whatever the number of parameters
+    return None if bool((each <= 0).all()) else list(excess)[int(each.nan_to_num(float("inf")).argmax())]

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_sketch.errors import FidelityError
+from lightning_sketch.shadow.carried import forbid_reading, varying_attributes
+from lightning_sketch.shadow.example_ids import tensors_of
 from lightning_sketch.shadow.quiet import ModuleState, RandomState, quiet
-from lightning_sketch.shadow.weighting import LossWeighting, training_loss
+from lightning_sketch.shadow.weighting import training_loss
+
+T = TypeVar("T")
+# (module, training_step, its arguments, weights of the examples) -> what training_step returns, with the loss weighted
+Weighting = Callable[[Any, Callable[..., Any], tuple[Any, ...], Tensor], Any]
 
 
 @dataclass
@@ -24,9 +33,9 @@ class StepRecord:
         units: unit of every example, int64 ``(B,)``, -1 = not deletable.
         random_state: generators at entry.
         module_state: attributes at entry.
-        buffers: the module's buffers at entry, copied.
+        buffers: buffers, and parameters that the optimizer does not hold, at entry, by name; copied.
         accumulate: over how many micro-batches the gradient is averaged.
-        loss: the user's loss, before division by ``accumulate``.
+        loss: the user's loss, float64, before division by ``accumulate``.
     """
 
     args: tuple[Any, ...]
@@ -34,38 +43,141 @@ class StepRecord:
     random_state: RandomState
     module_state: ModuleState
     buffers: dict[str, Tensor]
-    accumulate: int = 1
-    loss: Tensor | None = None
+    accumulate: int
+    loss: Tensor
 
 
-class _Call(nn.Module):
-    """Lets ``functional_call`` replace a module's tensors while any function of it runs."""
+def record_step(
+    module: Any,
+    training_step: Callable[..., Any],
+    args: tuple[Any, ...],
+    units: Tensor,
+    buffers: Mapping[str, Tensor],
+    accumulate: int,
+) -> tuple[Any, StepRecord | None]:
+    """Run the user's ``training_step`` and remember what it started from.
 
-    def __init__(self, module: nn.Module, function: Callable[[], Any]) -> None:
-        super().__init__()
-        self.module = module
-        self.function = function
+    Args:
+        module: the user's LightningModule.
+        training_step: its unwrapped training step.
+        args: what the Trainer calls it with.
+        units: unit of every example, ``(B,)``.
+        buffers: what the step may change besides parameters of the optimizer, by name.
+        accumulate: over how many micro-batches the gradient is averaged.
 
-    def forward(self) -> Any:
-        return self.function()
+    Returns:
+        What ``training_step`` returned, and the record; ``None`` if it returned no loss.
+
+    Raises:
+        ConfigurationError: if the step changes a tensor attribute in place.
+        FidelityError: if the step changes its batch in place.
+    """
+    random_state, module_state = RandomState.capture(module.device), ModuleState(module)
+    entry = {name: b.detach().clone() for name, b in buffers.items()}
+    kept = _copy_containers(args)  # a step may pop keys of its batch
+    versions = [(t, t._version) for t in tensors_of(args) if not t.is_inference()]
+    outputs = training_step(*args)
+    module_state.refuse_changed_tensors()
+    if any(t._version != version for t, version in versions):
+        raise FidelityError(
+            "`training_step` changes its batch in place, so it cannot be run again on the same batch: make a new "
+            "tensor instead (`x = x * 2`, not `x *= 2`)."
+        )
+    loss = training_loss(outputs)
+    if loss is None:
+        return outputs, None
+    return outputs, StepRecord(kept, units, random_state, module_state, entry, accumulate, loss.detach().double())
+
+
+def _copy_containers(value: Any) -> Any:
+    """Copy mappings and sequences, but not the tensors in them."""
+    if isinstance(value, MutableMapping):
+        copied = copy.copy(value)
+        for k, v in value.items():
+            copied[k] = _copy_containers(v)
+        return copied
+    if isinstance(value, tuple):
+        parts = [_copy_containers(v) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return [_copy_containers(v) for v in value] if isinstance(value, list) else value
+
+
+class TrackedTensors:
+    """Parameters and buffers as the last tracked operation left them.
+
+    Coefficients follow tensors through ``training_step`` and the optimizer; a tensor that anyone else changes would
+    keep stale ones.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def note(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what a tracked operation has just left."""
+        self.values.update({name: t.detach().clone() for name, t in tensors.items()})
+
+    def check(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Require the tensors to be as they were left.
+
+        Raises:
+            FidelityError: naming one that was changed.
+        """
+        known = [(name, t) for name, t in tensors.items() if name in self.values]
+        changed = [_differs(t.detach(), self.values[name]) for name, t in known]
+        if changed and bool(torch.stack(changed).any()):
+            name = next(name for (name, _), c in zip(known, changed, strict=True) if c)
+            raise FidelityError(
+                f"`{name}` was changed before optimizer step {step} by something else than the optimizer and a "
+                "`training_step` with a loss (a hook, another callback, a step that returned None), so its Taylor "
+                "coefficients are lost: change it inside such a step, or keep a value that does not depend on the data "
+                "as a Python number."
+            )
+
+
+def _differs(a: Tensor, b: Tensor) -> Tensor:
+    return ((a != b) & ((a == a) | (b == b))).any()  # a NaN that stays one does not
 
 
 def call_with_tensors(module: nn.Module, tensors: dict[str, Tensor], function: Callable[[], Any]) -> Any:
-    """Run ``function()`` while parameters and buffers of ``module`` are replaced; reassigned ones are written back to ``tensors``."""
-    prefixed = {f"module.{name}": t for name, t in tensors.items()}
+    """Run ``function()`` while parameters and buffers of ``module`` are replaced.
+
+    Args:
+        module: whose tensors are replaced.
+        tensors: parameters and buffers by name. Buffers that ``function`` reassigns, also ones that were ``None``
+            before, are written back here.
+        function: what to run.
+
+    Returns:
+        What ``function`` returns.
+    """
+    stores = [store for m in module.modules() for store in (m._parameters, m._buffers)]
+    before = [dict(store) for store in stores]
+    present = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    replacements = {id(present[name]): t for name, t in tensors.items() if name in present}
     try:
-        return torch.func.functional_call(_Call(module, function), prefixed, ())
+        for store in stores:
+            for key, t in store.items():
+                if id(t) in replacements:  # by identity, so that tied weights stay tied
+                    store[key] = replacements[id(t)]  # type: ignore[assignment]
+        result = function()
+        tensors.update(module.named_buffers())
+        return result
     finally:
-        tensors.update({name.removeprefix("module."): t for name, t in prefixed.items()})
+        for store, contents in zip(stores, before, strict=True):
+            store.clear()
+            store.update(contents)  # type: ignore[arg-type]
 
 
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
-    """Choose kernels that are made of operators with rules: attention by matrix products, no fused encoder layers."""
+    """Choose kernels that are made of operators with rules: attention by matrix products, nothing fused or compiled."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if "torch._dynamo" in sys.modules:  # slow to import, and nothing is compiled without it
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -75,11 +187,13 @@ def replay(
     module: Any,
     record: StepRecord,
     training_step: Callable[..., Any],
-    weighting: LossWeighting,
+    weighting: Weighting,
     weights: Tensor,
     tensors: dict[str, Tensor],
-) -> Tensor:
-    """Run the recorded step again with weighted examples and replaced tensors, and return its loss.
+    use: Callable[[Tensor], T],
+    carried: frozenset[str] = frozenset(),
+) -> tuple[T, frozenset[str]]:
+    """Run the recorded step again, without a trace, with weighted examples and replaced tensors.
 
     Args:
         module: the user's LightningModule.
@@ -88,12 +202,24 @@ def replay(
         weighting: how weights enter the loss.
         weights: shape ``(B,)``.
         tensors: parameters and buffers by name; buffers that the step reassigns are written back here.
+        use: what is done with the loss, before division by ``record.accumulate``. A backward pass belongs here: it may
+            run code of the module again (hooks, activation checkpoints).
+        carried: attributes in which earlier steps left tensors whose coefficients are not known.
 
     Returns:
-        The weighted loss, before division by ``record.accumulate``.
+        What ``use`` returns, and ``carried`` for the next step.
+
+    Raises:
+        ConfigurationError: if the step reads a tensor in one of the attributes ``carried``.
     """
+    args = _copy_containers(record.args)
+
+    def run() -> T:
+        loss = training_loss(weighting(module, training_step, args, weights))
+        assert loss is not None, "a step whose training_step returned None is not recorded"
+        return use(loss)
+
     with quiet(module, record.random_state, record.module_state), differentiable_kernels(), torch.enable_grad():
-        outputs = call_with_tensors(module, tensors, lambda: weighting(module, training_step, record.args, weights))
-        loss = training_loss(outputs)
-    assert loss is not None, "a step whose training_step returned None is not recorded"
-    return loss
+        forbid_reading(module, carried)
+        result = call_with_tensors(module, tensors, run)
+        return result, varying_attributes(module)

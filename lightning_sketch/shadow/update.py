@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_sketch.errors import ConfigurationError, UnsupportedOperatorError
+from lightning_sketch.jets.registry import varies
 from lightning_sketch.jets.tensor import JetTensor, Lead, constant, wrap
+from lightning_sketch.shadow.carried import flatten
+from lightning_sketch.shadow.quiet import ModuleState, RandomState
 
 # (name of the parameter, key of the optimizer's state) -> coefficients, None where they are zero
 StateBlocks = dict[tuple[str, str], Tensor | None]
@@ -26,34 +31,64 @@ class OptimizerSnapshot:
         optimizer: the user's.
         groups: parameter groups; hyper-parameters copied, parameters by name.
         params: values by name, copied.
+        trainable: names of the parameters that require grad.
         state: state by name of the parameter, copied.
         gradients: the user's gradients by name, copied; ``None`` where there is none.
+        random_state: generators before clipping and update.
+        module_state: the module's attributes before clipping and update.
     """
 
     optimizer: Optimizer
     groups: list[dict[str, Any]]
     params: dict[str, Tensor]
+    trainable: frozenset[str]
     state: dict[str, dict[str, Any]]
     gradients: dict[str, Tensor | None]
+    random_state: RandomState
+    module_state: ModuleState
 
     @classmethod
-    def capture(cls, optimizer: Optimizer, names: dict[Tensor, str]) -> OptimizerSnapshot:
-        """Copy what the coming step will change; ``names`` maps the module's parameters to their names."""
+    def capture(cls, optimizer: Optimizer, names: Mapping[Tensor, str], module: Any) -> OptimizerSnapshot:
+        """Copy what the coming step will change; ``names`` maps the module's parameters to their names.
+
+        Raises:
+            ConfigurationError: if the optimizer holds a parameter that is not the module's.
+        """
         params, state, gradients, groups = {}, {}, {}, []
         for group in optimizer.param_groups:
             members = []
             for p in group["params"]:
+                if p not in names:
+                    raise ConfigurationError(
+                        f"`configure_optimizers`: the optimizer holds a parameter of shape {tuple(p.shape)} that was "
+                        "not registered in the module when training started: register it in `__init__`."
+                    )
                 name = names[p]
                 members.append(name)
                 params[name] = p.detach().clone()
                 gradients[name] = None if p.grad is None else p.grad.detach().clone()
                 state[name] = {k: _copy(v) for k, v in optimizer.state.get(p, {}).items()}
             groups.append({**{k: _copy(v) for k, v in group.items() if k != "params"}, "params": members})
-        return cls(optimizer, groups, params, state, gradients)
+        trainable = frozenset(name for p, name in names.items() if p.requires_grad)
+        random_state = RandomState.capture(module.device)
+        return cls(optimizer, groups, params, trainable, state, gradients, random_state, ModuleState(module))
 
 
 def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+class _RefuseNumbers(TorchDispatchMode):
+    """Within, no Python number may be read off a tensor that varies: its coefficients would be lost silently."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and varies(args):
+            raise UnsupportedOperatorError(
+                "The optimizer or `configure_gradient_clipping` reads a Python number (`.item()`, `float()`) off a "
+                "tensor that depends on the weights of the examples, which loses its derivatives: keep it a tensor, "
+                "or use another optimizer."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def step(
@@ -68,7 +103,7 @@ def step(
 
     Args:
         snapshot: the user's optimizer before its own step.
-        params: parameters by name; primal and coefficients are updated in place.
+        params: parameters by name; primal and coefficients are updated in place, as is their ``grad`` by clipping.
         gradients: their gradients; parameters without one are left alone by the optimizer, as in the user's run.
         blocks: coefficients of the optimizer's state.
         lead: ``(R, P, K)``.
@@ -76,6 +111,10 @@ def step(
 
     Returns:
         The coefficients of the state after the step.
+
+    Raises:
+        ConfigurationError: if the optimizer keeps tensors where their coefficients cannot be followed.
+        UnsupportedOperatorError: if it turns a varying tensor into a Python number.
     """
     twin = _twin(snapshot.optimizer)
     twin.param_groups = [{**group, "params": [params[name] for name in group["params"]]} for group in snapshot.groups]
@@ -87,11 +126,10 @@ def step(
         jet.grad = gradients[name]
         if snapshot.state[name]:
             twin.state[jet] = {k: _state_jet(name, k, v, jet, blocks, lead) for k, v in snapshot.state[name].items()}
-    clip(twin)
-    with torch.no_grad():
-        # One wrapper off: the outer one runs hooks that are registered for every optimizer of the process.
-        method = type(twin).step
-        getattr(method, "__wrapped__", method)(twin)
+    with torch.no_grad(), _RefuseNumbers():
+        clip(twin)
+        _plain_step(twin)
+    _refuse_hidden_state(twin)
     after: StateBlocks = {}
     for name, jet in params.items():
         for key, value in twin.state.get(jet, {}).items():
@@ -111,8 +149,26 @@ def _twin(optimizer: Optimizer) -> Optimizer:
     return twin
 
 
+def _plain_step(twin: Optimizer) -> None:
+    # One wrapper off: the outer one runs hooks that are registered for every optimizer of the process.
+    method: Any = type(twin).step
+    getattr(method, "__wrapped__", method)(twin)
+
+
+def _refuse_hidden_state(twin: Optimizer) -> None:
+    hidden = {k: v for k, v in twin.__dict__.items() if k not in ("state", "param_groups")}
+    hidden |= {f"param_groups[..][{k!r}]": v for group in twin.param_groups for k, v in group.items() if k != "params"}
+    hidden |= {f"state[..][{k!r}]": v for s in twin.state.values() for k, v in s.items() if not isinstance(v, Tensor)}
+    for key, value in hidden.items():
+        if any(type(v) is JetTensor for v in flatten(value)):
+            raise ConfigurationError(
+                f"`configure_optimizers`: {type(twin).__name__} keeps a tensor that depends on gradients in `{key}`, "
+                "where its coefficients cannot be followed: keep it as a tensor in `optimizer.state[parameter]`."
+            )
+
+
 def _state_jet(name: str, key: str, value: Any, param: JetTensor, blocks: StateBlocks, lead: Lead) -> Any:
-    """A tensor of the state as a JetTensor, if it depends on gradients: known to from the last step, or shaped like the parameter."""
+    """A tensor of the state as a JetTensor, if it depends on gradients: it did before, or has the parameter's shape."""
     if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
         return _copy(value)
     value = value.clone()
@@ -122,11 +178,20 @@ def _state_jet(name: str, key: str, value: Any, param: JetTensor, blocks: StateB
 
 
 def count_state_tensors(optimizer: Optimizer) -> int:
-    """How many tensors of a parameter's shape the optimizer keeps for each parameter, tried on a copy of one parameter."""
+    """How many tensors of a parameter's shape the optimizer keeps for each parameter, tried on a copy of one parameter.
+
+    Zero where it cannot be tried, as for an optimizer that insists on a closure.
+    """
     param = next(p for group in optimizer.param_groups for p in group["params"]).detach().clone().requires_grad_()
     twin = _twin(optimizer)
     twin.param_groups = [{**optimizer.param_groups[0], "params": [param], "fused": False, "foreach": False}]
-    param.grad = torch.zeros_like(param)
-    with torch.no_grad():
-        type(twin).step(twin)
+    param.grad = torch.ones_like(param)
+    present = RandomState.capture(param.device)
+    try:
+        with torch.no_grad():
+            _plain_step(twin)
+    except Exception:
+        return 0
+    finally:
+        present.restore()
     return sum(isinstance(v, Tensor) and v.shape == param.shape for v in twin.state[param].values())

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.errors import ConfigurationError, LightningSketchError
 from lightning_sketch.shadow.jets_of_run import TOLERANCE, check_loss
 from lightning_sketch.shadow.record import StepRecord, replay
-from lightning_sketch.shadow.weighting import LossWeighting
-
-_REMEDY = "give `loss=callable(module, batch) -> (B,) per-example losses whose mean is the training loss`"
+from lightning_sketch.shadow.weighting import REMEDY, LossWeighting, WeightedReductions, refuse_unweighted
 
 
 def verify_weighting(
-    module: Any, training_step: Callable[..., Any], weighting: LossWeighting, record: StepRecord, params: dict[str, Tensor]
+    module: Any,
+    training_step: Callable[..., Any],
+    weighting: LossWeighting,
+    record: StepRecord,
+    params: Mapping[str, Tensor],
 ) -> float:
     """Check on one recorded step how the weights act.
 
@@ -30,83 +34,177 @@ def verify_weighting(
         params: the parameters that the step saw, by name.
 
     Returns:
-        The fraction of the loss that belongs to no example (regularisation terms), between 0 and 1.
+        The fraction of the loss that belongs to no example (regularisation terms).
 
     Raises:
         FidelityError: if the weighted loss at weight 1 is not the user's loss.
-        ConfigurationError: if no part of the loss belongs to examples, or a weight acts on other examples.
+        ConfigurationError: if no part of the loss belongs to examples, or the weights do not act as weights of single
+            examples.
     """
-    plain = LossWeighting(weighting.loss, "batch")  # affine in the weights; what the other one divides by couples examples
-    loss, per_weight = _weight_gradient(module, training_step, plain, record, params)
-    check_loss(loss, record, 0)
-    rest = float(loss.detach() - per_weight.sum())
-    fraction = abs(rest) / max(abs(float(loss.detach())), torch.finfo(torch.float64).tiny)
-    if fraction > 1 - 1e-6 and float(per_weight.abs().sum()) == 0:
-        raise ConfigurationError(f"`loss`: no part of the training loss belongs to an example of the batch: {_REMEDY}.")
-    if len(record.units) > 1:
-        _verify_locality(module, training_step, plain, record, params, per_weight)
-    return fraction
+    plain = LossWeighting(
+        weighting.loss, "batch"
+    )  # affine in the weights; what the other one divides by couples examples
+    step = _Step(module, training_step, plain, record, params)
+    shares = step.shares(record.args[0])
+    check_loss(shares.loss, record, 0)
+    if not bool(shares.of_example.any()):
+        raise ConfigurationError(f"`loss`: no part of the training loss belongs to an example of the batch: {REMEDY}.")
+    _verify_linear(step, shares)
+    try:
+        _verify_attribution(step, shares)
+        _verify_locality(step, shares.of_example)
+    except LightningSketchError:
+        raise
+    except Exception as error:
+        rank_zero_warn(
+            "`loss`: whether weights act on single examples could not be checked, since `training_step` fails on a "
+            f"batch with changed values ({type(error).__name__}: {error})."
+        )
+    return abs(float(shares.rest)) / max(abs(float(shares.loss)), torch.finfo(torch.float64).tiny)
 
 
-def _weight_gradient(
-    module: Any, training_step: Callable[..., Any], weighting: LossWeighting, record: StepRecord, params: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    first = next(iter(params.values()))
-    weights = torch.ones(len(record.units), dtype=first.dtype, device=first.device, requires_grad=True)
-    tensors = {**params, **{name: b.clone() for name, b in record.buffers.items()}}
-    loss = replay(module, record, training_step, weighting, weights, tensors)
-    (gradient,) = torch.autograd.grad(loss, weights, allow_unused=True)
-    return loss, torch.zeros_like(weights) if gradient is None else gradient
+@dataclass(frozen=True)
+class _Shares:
+    """A loss that is affine in the weights of its examples: ``loss = rest + sum_i of_example[i]``."""
+
+    loss: Tensor
+    of_example: Tensor
+    terms: list[Tensor]
+
+    @property
+    def rest(self) -> Tensor:
+        return self.loss - self.of_example.sum()
+
+    @property
+    def rounding(self) -> Tensor:
+        return 10 * TOLERANCE.get(self.loss.dtype, 1e-3) * (self.loss.abs() + self.of_example.abs().sum())
 
 
-def _verify_locality(
-    module: Any,
-    training_step: Callable[..., Any],
-    weighting: LossWeighting,
-    record: StepRecord,
-    params: dict[str, Tensor],
-    before: Tensor,
-) -> None:
+@dataclass(frozen=True)
+class _Step:
+    """The recorded step, to be run with other weights and batches."""
+
+    module: Any
+    training_step: Callable[..., Any]
+    weighting: LossWeighting
+    record: StepRecord
+    params: Mapping[str, Tensor]
+    in_evaluation: tuple[nn.Module, ...] = ()
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.record.units)
+
+    def shares(self, batch: Any, weights: Tensor | None = None) -> _Shares:
+        """Run the step on a batch, with weights one unless given."""
+        first = next(iter(self.params.values()))
+        if weights is None:
+            weights = torch.ones(self.num_examples, dtype=first.dtype, device=first.device)
+        weights.requires_grad_()
+        terms: list[Tensor] = []
+
+        def weighted(module: Any, training_step: Callable[..., Any], args: tuple[Any, ...], weights: Tensor) -> Any:
+            for m in self.in_evaluation:
+                m.training = False  # quiet puts it back
+            if self.weighting.per_example(module) is not None:
+                return self.weighting(module, training_step, args, weights)
+            with WeightedReductions(weights, "batch") as mode:
+                outputs = training_step(*args)
+            refuse_unweighted(mode, outputs)
+            terms.extend(mode.terms)
+            return outputs
+
+        record = replace(self.record, args=(batch, *self.record.args[1:]))
+        tensors = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self.params.items()}
+        tensors.update({name: b.clone() for name, b in record.buffers.items()})
+
+        def differentiate(loss: Tensor) -> _Shares:
+            gradient = torch.autograd.grad(loss, weights, allow_unused=True)[0] if loss.requires_grad else None
+            return _Shares(loss.detach(), torch.zeros_like(weights) if gradient is None else gradient, terms)
+
+        return replay(self.module, record, self.training_step, weighted, weights, tensors, differentiate)[0]
+
+
+def _verify_linear(step: _Step, shares: _Shares) -> None:
+    weights = torch.linspace(0.2, 0.9, step.num_examples, dtype=shares.of_example.dtype, device=shares.loss.device)
+    loss = step.shares(step.record.args[0], weights).loss
+    if not bool((loss - shares.rest - shares.of_example @ weights.detach()).abs() <= shares.rounding):
+        raise ConfigurationError(
+            "`loss`: the training loss is not a weighted sum over examples (a function of unreduced losses, such as a "
+            f"focal loss or the hardest examples of a batch?): {REMEDY}."
+        )
+
+
+def _verify_attribution(step: _Step, shares: _Shares) -> None:
+    """Change the whole batch: what belongs to examples must change, and what does not must not."""
+    batch, found = _changed(step.record.args[0], step.num_examples, slice(None))
+    if step.weighting.per_example(step.module) is not None:
+        return
+    if not found:
+        raise ConfigurationError(
+            f"`loss='auto'` cannot find the examples in the batch, a {type(batch).__name__} without a tensor whose "
+            f"first dimension is {step.num_examples}: {REMEDY}."
+        )
+    changed = step.shares(batch)
+    if not bool(changed.loss.isfinite()) or len(changed.terms) != len(shares.terms):
+        return
+    if not bool((changed.rest - shares.rest).abs() <= torch.maximum(changed.rounding, shares.rounding)):
+        raise ConfigurationError(
+            "`loss='auto'` finds only a part of the training loss: another part depends on the batch too, but is not "
+            f"made by a torch.nn.functional loss with one entry per example: {REMEDY}."
+        )
+    for old, new in zip(shares.terms, changed.terms, strict=True):
+        if old.shape == new.shape and torch.equal(old, new):
+            raise ConfigurationError(
+                f"`loss='auto'` would weight the {tuple(old.shape)} entries of a torch.nn.functional loss by examples, "
+                "but they do not depend on the batch (a regulariser?): write it without torch.nn.functional, or "
+                f"{REMEDY}."
+            )
+
+
+def _verify_locality(step: _Step, before: Tensor) -> None:
     """Change example 0 in the batch: only the derivative by its own weight may change."""
-    changed = replace(record, args=(_replace_first(record.args[0], len(record.units)), *record.args[1:]))
     # Batch statistics couple examples by design; what is checked is where the weights go.
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    norms = tuple(m for m in step.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
     if norms:
-        changed = replace(changed, module_state=_in_evaluation(norms, record))
-        before = _weight_gradient(module, training_step, weighting, replace(changed, args=record.args), params)[1]
-    _, after = _weight_gradient(module, training_step, weighting, changed, params)
+        step = replace(step, in_evaluation=norms)
+        before = step.shares(step.record.args[0]).of_example
+    after = step.shares(_changed(step.record.args[0], step.num_examples, slice(1))[0]).of_example
     tolerance = 10 * TOLERANCE.get(before.dtype, 1e-3) * float(before.abs().mean())
     others = (after - before).abs()[1:]
     if not bool((others <= tolerance).all()):
         example = int(others.argmax()) + 1
         raise ConfigurationError(
-            f"`loss`: changing example 0 of the batch changes the loss share of example {example}, so weights do not act on "
-            f"single examples (a time-first (T, B) loss, or a loss that compares examples of a batch?): {_REMEDY}."
+            f"`loss`: changing example 0 of the batch changes the loss share of example {example}, so weights do not "
+            "act on single examples (a time-first (T, B) loss, or a loss that compares examples of a batch?): "
+            f"{REMEDY}."
         )
 
 
-def _in_evaluation(norms: list[nn.Module], record: StepRecord) -> Any:
-    """The module's state at entry, with these layers in evaluation mode."""
-    wanted = {id(m.__dict__) for m in norms}
-    entries = [
-        (present, {**attributes, "training": False} if id(present) in wanted else attributes, containers)
-        for present, attributes, containers in record.module_state.entries
-    ]
-    return replace(record.module_state, entries=entries)
+def _changed(batch: Any, size: int, rows: slice) -> tuple[Any, bool]:
+    """The batch with some rows changed, and whether there were any.
 
-
-def _replace_first(batch: Any, size: int) -> Any:
-    """The batch with example 0 changed: its numbers scaled and shifted, its integers those of another example."""
+    Numbers are scaled and shifted, integers are those of the next example.
+    """
     if isinstance(batch, Tensor):
         if batch.ndim == 0 or batch.shape[0] != size:
-            return batch
-        batch = batch.clone()
-        batch[0] = batch[0] * 0.5 + 0.25 if batch.dtype.is_floating_point else batch[1]
-        return batch
-    if isinstance(batch, Mapping):
-        return type(batch)({k: _replace_first(v, size) for k, v in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_replace_first(v, size) for v in batch))
+            return batch, False
+        changed = batch.clone()
+        if batch.dtype.is_floating_point:
+            changed[rows] = batch[rows] * 0.5 + 0.25  # stays a probability if it was one
+        elif size > 1:
+            changed[rows] = torch.cat([batch[1:], batch[-1:]])[rows]  # stays sorted if it was
+        else:
+            changed = batch.flip(-1)
+        return changed, True
+    if isinstance(batch, MutableMapping):
+        found = {k: _changed(v, size, rows) for k, v in batch.items()}
+        copied = copy.copy(batch)
+        copied.update({k: v for k, (v, _) in found.items()})
+        return copied, any(f for _, f in found.values())
     if isinstance(batch, (list, tuple)):
-        return type(batch)(_replace_first(v, size) for v in batch)
-    return batch
+        parts = [_changed(v, size, rows) for v in batch]
+        values = [v for v, _ in parts]
+        new = type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+        return new, any(f for _, f in parts)
+    return batch, False

@@ -1,7 +1,7 @@
 """Per-example weights into the user's loss.
 
-Example ``i`` enters with weight ``w_i``, normalised over the whole batch (``"batch"``: ``(1/B) sum_i w_i l_i``) or over what is left of
-it (``"remaining"``: ``sum_i w_i l_i / sum_i w_i``).
+Example ``i`` enters with weight ``w_i``, normalised over the whole batch (``"batch"``: ``(1/B) sum_i w_i l_i``) or over
+what is left of it (``"remaining"``: ``sum_i w_i l_i / sum_i w_i``).
 """
 
 from __future__ import annotations
@@ -22,16 +22,33 @@ PerExampleLoss = Callable[[Any, Any], Tensor]
 
 # Losses whose mean is a plain or a class-weighted mean of their elements, with the examples along dimension 0
 _WEIGHTABLE = frozenset(
-    getattr(F, name)
-    for name in (
-        "cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
-        "binary_cross_entropy_with_logits kl_div poisson_nll_loss gaussian_nll_loss hinge_embedding_loss soft_margin_loss "
-        "multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss margin_ranking_loss cosine_embedding_loss "
-        "triplet_margin_loss"
-    ).split()
+    {
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.cosine_embedding_loss,
+        F.cross_entropy,
+        F.gaussian_nll_loss,
+        F.hinge_embedding_loss,
+        F.huber_loss,
+        F.kl_div,
+        F.l1_loss,
+        F.margin_ranking_loss,
+        F.mse_loss,
+        F.multi_margin_loss,
+        F.multilabel_margin_loss,
+        F.multilabel_soft_margin_loss,
+        F.nll_loss,
+        F.poisson_nll_loss,
+        F.smooth_l1_loss,
+        F.soft_margin_loss,
+        F.triplet_margin_loss,
+    }
 )
-_ELEMENT_WEIGHTED = frozenset({F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss})
-_REMEDY = "give `loss=callable(module, batch) -> (B,) per-example losses whose mean is the training loss`"
+# Those whose mean divides by the sum of `weight`. (huber_loss divides by the number of elements, like
+# binary_cross_entropy; l1_loss hides `weight` from every TorchFunctionMode, so the check of the first batch refuses
+# it.)
+_ELEMENT_WEIGHTED = frozenset({F.mse_loss, F.l1_loss})
+REMEDY = "give `loss=callable(module, batch) -> (B,) per-example losses whose mean is the training loss`"
 
 
 def check_normalization(normalization: str) -> Normalization:
@@ -57,7 +74,7 @@ class WeightedReductions(TorchFunctionMode):
         super().__init__()
         self.weights = weights
         self.normalization = normalization
-        self.intercepted = 0
+        self.terms: list[Tensor] = []  # unweighted elements of every loss that was intercepted
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Weight the loss functions; pass everything else on."""
@@ -72,22 +89,23 @@ class WeightedReductions(TorchFunctionMode):
         given = bound.arguments
         if given.get("size_average") is not None or given.get("reduce") is not None:
             raise ConfigurationError(
-                f"`{func.__name__}` is called with `size_average` or `reduce`, which torch has deprecated: use `reduction`."
+                f"`{func.__name__}` is called with `size_average` or `reduce`, which torch has deprecated: use "
+                "`reduction`."
             )
         reduction, given["reduction"] = given["reduction"], "none"
         elements: Tensor = func(*bound.args, **bound.kwargs)
         weights = self._like(elements)
         if weights is None:  # not one entry per example: a term that belongs to no example
             given["reduction"] = reduction
-            return func(*bound.args, **bound.kwargs)  # type: ignore[no-any-return]
-        self.intercepted += 1
+            return func(*bound.args, **bound.kwargs)
+        self.terms.append(elements.detach())
         weighted = elements * weights
         if reduction == "mean":
             return weighted.sum() / self._denominator(func, given, elements, weights)
         if self.normalization == "remaining":
             raise ConfigurationError(
                 f"`normalization='remaining'` needs a loss that averages, but `{func.__name__}` is called with "
-                f"reduction={reduction!r}: {_REMEDY}, or use normalization='batch'."
+                f"reduction={reduction!r}: {REMEDY}, or use normalization='batch'."
             )
         if reduction == "none":
             return weighted
@@ -95,7 +113,7 @@ class WeightedReductions(TorchFunctionMode):
         return total / given["input"].shape[0] if reduction == "batchmean" else total
 
     def _like(self, elements: Tensor) -> Tensor | None:
-        """Return the weights in the shape of ``elements``, or ``None`` if their first dimension is not made of examples."""
+        """Return the weights in the shape of ``elements``, ``None`` if their first dimension is not of examples."""
         batch = self.weights.shape[0]
         if elements.ndim == 0:
             return self.weights.squeeze(0) if batch == 1 else None
@@ -128,9 +146,22 @@ def _shares(func: Any, given: dict[str, Any], elements: Tensor) -> Tensor | None
     return given["weight"][torch.where(kept, target, 0)] * kept
 
 
+def refuse_unweighted(mode: WeightedReductions, outputs: Any) -> None:
+    """Refuse a training step that made no loss in which ``mode`` found the examples.
+
+    Raises:
+        ConfigurationError: naming the remedy.
+    """
+    if not mode.terms and training_loss(outputs) is not None:
+        raise ConfigurationError(
+            "`loss='auto'` found no torch.nn.functional loss with one entry per example inside `training_step`: "
+            f"{REMEDY}, or define `per_example_loss(batch)` on the module."
+        )
+
+
 def training_loss(outputs: Any) -> Tensor | None:
     """Return the loss in what a ``training_step`` returned: a tensor, a mapping with ``"loss"``, or ``None``."""
-    return outputs["loss"] if isinstance(outputs, dict) else outputs  # type: ignore[no-any-return]
+    return outputs["loss"] if isinstance(outputs, dict) else outputs
 
 
 class LossWeighting:
@@ -138,15 +169,15 @@ class LossWeighting:
 
     Args:
         loss: ``"auto"`` (the module's ``per_example_loss(batch)`` method if it has one, else the reductions of
-            ``torch.nn.functional`` losses inside ``training_step``), or ``callable(module, batch) -> (B,)`` losses whose mean is
-            the training loss.
+            ``torch.nn.functional`` losses inside ``training_step``), or ``callable(module, batch) -> (B,)`` losses
+            whose mean is the training loss.
         normalization: ``"batch"`` or ``"remaining"``.
 
     Raises:
         ConfigurationError: if an argument is neither.
     """
 
-    def __init__(self, loss: str | PerExampleLoss, normalization: str) -> None:
+    def __init__(self, loss: Literal["auto"] | PerExampleLoss, normalization: str) -> None:
         if loss != "auto" and not callable(loss):
             raise ConfigurationError(f"`loss` must be 'auto' or a callable(module, batch) -> (B,) but is {loss!r}.")
         self.loss = loss
@@ -169,25 +200,21 @@ class LossWeighting:
             losses = function(module, args[0])
             if losses.shape != weights.shape:
                 raise ConfigurationError(
-                    f"`loss` must return one loss per example, shape {tuple(weights.shape)}, but returned {tuple(losses.shape)}."
+                    f"`loss` must return one loss per example, shape {tuple(weights.shape)}, but returned "
+                    f"{tuple(losses.shape)}."
                 )
             weighted = losses * weights
             return weighted.mean() if self.normalization == "batch" else weighted.sum() / weights.sum()
         with WeightedReductions(weights, self.normalization) as mode:
             outputs = training_step(*args)
-        if mode.intercepted == 0:
-            raise ConfigurationError(
-                "`loss='auto'` found no torch.nn.functional loss with one entry per example inside `training_step`: "
-                f"{_REMEDY}, or define `per_example_loss(batch)` on the module."
-            )
+        refuse_unweighted(mode, outputs)
         return outputs
 
     def per_example(self, module: Any) -> PerExampleLoss | None:
         """Return the per-example loss function, or ``None`` where reductions are intercepted."""
         if self.loss != "auto":
-            return self.loss  # type: ignore[return-value]
-        method = getattr(type(module), "per_example_loss", None)
-        return method
+            return self.loss
+        return getattr(type(module), "per_example_loss", None)
 
     @property
     def name(self) -> str:

@@ -12,18 +12,30 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_sketch.errors import ConfigurationError
 
+_MARK = "_lightning_sketch_wrapper"
+
 
 def wrap_training_step(module: Any, around: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> Callable[..., Any]:
     """Make the Trainer call ``around(training_step, args)`` instead of ``training_step(*args)``; return the original.
 
-    The random state is that of the step only inside this wrapper: hooks of the module and of other callbacks may draw before it.
+    The random state is that of the step only inside this wrapper: hooks of the module and of other callbacks may draw
+    before it.
+
+    Raises:
+        ConfigurationError: if another callback has done the same.
     """
     original: Callable[..., Any] = module.training_step
+    if hasattr(original, _MARK):
+        raise ConfigurationError(
+            "`callbacks` has more than one that takes the place of `training_step` (SketchCallback, Reweight): give "
+            "each a Trainer of its own."
+        )
 
     @functools.wraps(original)
     def training_step(*args: Any) -> Any:
         return around(original, args)
 
+    setattr(training_step, _MARK, True)
     module.__dict__["training_step"] = training_step
     return original
 
@@ -55,16 +67,45 @@ def check_trainer(trainer: Any, module: Any, who: str) -> None:
         raise ConfigurationError(f"{who} does not support: {'; '.join(problems)}.")
 
 
-def check_optimizers(optimizers: list[Optimizer], who: str) -> Optimizer:
+def check_start(trainer: Any, who: str) -> None:
+    """Refuse runs whose beginning was not seen.
+
+    Raises:
+        ConfigurationError: if optimizer steps were taken before.
+    """
+    if trainer.global_step > 0:
+        raise ConfigurationError(
+            f"{who} must see training from its first step, but this run starts at step {trainer.global_step}: train "
+            "from the beginning, without `ckpt_path`, with a new Trainer."
+        )
+
+
+def check_optimizers(optimizers: list[Optimizer], module: Any, who: str) -> Optimizer:
     """Return the one optimizer.
 
     Raises:
-        ConfigurationError: if there are none or several, or it evaluates the loss more than once a step.
+        ConfigurationError: if there are none or several, it evaluates the loss more than once a step, or it holds
+            parameters that are not the module's.
     """
     if len(optimizers) != 1:
-        raise ConfigurationError(f"{who} supports one optimizer, but `configure_optimizers` returned {len(optimizers)}.")
+        raise ConfigurationError(
+            f"{who} supports one optimizer, but `configure_optimizers` returned {len(optimizers)}: use parameter "
+            "groups of one."
+        )
     if isinstance(optimizers[0], LBFGS):
-        raise ConfigurationError(f"{who} does not support LBFGS, whose steps evaluate the loss many times: use StableAdamW or SGD.")
+        raise ConfigurationError(
+            f"{who} does not support LBFGS, whose steps evaluate the loss many times: use StableAdamW or SGD."
+        )
+    held = [p for group in optimizers[0].param_groups for p in group["params"]]
+    if not held:  # what Lightning puts in the place of none
+        raise ConfigurationError(f"{who} needs an optimizer, but `configure_optimizers` returned none.")
+    own = {id(p) for p in module.parameters()}
+    for p in held:
+        if id(p) not in own:
+            raise ConfigurationError(
+                f"{who} needs an optimizer of the module's parameters, but `configure_optimizers` gave "
+                f"{type(optimizers[0]).__name__} a tensor of shape {tuple(p.shape)} that is not one: register it there."
+            )
     return optimizers[0]
 
 

@@ -1,0 +1,97 @@
+"""Plain tensors that a training step carries to the next one: they have no coefficients, so nobody may read them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.jets.tensor import JetTensor
+from lightning_sketch.shadow.quiet import STRUCTURE
+
+_HOLDERS = (list, tuple, dict, deque)
+
+
+class _Carried(torch.Tensor):
+    """Stands for a value of the run whose coefficients are not known: any operator on it is an error."""
+
+    location: str
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = next((a.location for a in flatten((args, kwargs)) if isinstance(a, _Carried)), "?")
+        raise ConfigurationError(
+            f"`{name}`: `training_step` reads a tensor that an earlier step left there and that depends on the weights "
+            "of the examples, but only parameters and buffers are tracked: register it with `register_buffer`."
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"_Carried({self.location})"
+
+
+def flatten(value: Any) -> Iterator[Any]:
+    """Yield what nested mappings and sequences hold."""
+    if isinstance(value, _HOLDERS):
+        for held in value.values() if isinstance(value, dict) else value:
+            yield from flatten(held)
+    else:
+        yield value
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
+    for path, m in module.named_modules():
+        for key, value in m.__dict__.items():
+            if key not in STRUCTURE and isinstance(value, (Tensor, *_HOLDERS)):
+                yield (f"{path}.{key}" if path else key), m.__dict__, key, value
+
+
+def varying_attributes(module: nn.Module) -> frozenset[str]:
+    """Return the attributes, such as ``net.center``, that hold varying tensors outside parameters and buffers.
+
+    Call it after a step, under ``quiet``: what it left there would be read by the next one without coefficients.
+    """
+    return frozenset(
+        name
+        for name, _, _, value in _attributes(module)
+        if any((type(v) is JetTensor and v.block is not None) or type(v) is _Carried for v in flatten(value))
+    )
+
+
+def forbid_reading(module: nn.Module, names: frozenset[str]) -> None:
+    """Put in the place of every tensor in these attributes one that raises when it is read. Call it under ``quiet``."""
+    if not names:
+        return
+    stand_ins: dict[Any, _Carried] = {}
+    for name, owner, key, value in list(_attributes(module)):
+        if name in names:
+            owner[key] = _replaced(value, name, stand_ins)
+
+
+def _replaced(value: Any, name: str, stand_ins: dict[Any, _Carried]) -> Any:
+    if isinstance(value, Tensor) and value.dtype.is_floating_point:
+        kind = (name, value.shape, value.dtype)
+        if kind not in stand_ins:
+            stand_in: _Carried = torch.Tensor._make_wrapper_subclass(
+                _Carried, value.shape, dtype=value.dtype, device=value.device
+            )
+            stand_in.location = name
+            stand_ins[kind] = stand_in
+        return stand_ins[kind]
+    if isinstance(value, dict):
+        for k, v in value.items():  # in place: it may be known by other names, and quiet puts its contents back
+            value[k] = _replaced(v, name, stand_ins)
+    elif isinstance(value, (list, deque)):
+        for i, v in enumerate(value):
+            value[i] = _replaced(v, name, stand_ins)
+    elif isinstance(value, tuple):
+        parts = [_replaced(v, name, stand_ins) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
