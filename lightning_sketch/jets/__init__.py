@@ -3,8 +3,8 @@
 Normalised coefficients everywhere: order ``r`` is ``(1/r!) f^(r)(0)[psi, ..., psi]``.
 """
 
+from lightning_sketch.jets import rules  # noqa: F401  (importing the rules registers them)
 from lightning_sketch.jets.registry import jet_rule, registered_operators
 from lightning_sketch.jets.tensor import JetTensor
-from lightning_sketch.jets import rules  # noqa: F401  isort: skip  (registers the rules)
 
 __all__ = ["JetTensor", "jet_rule", "registered_operators"]

@@ -1,15 +1,20 @@
-"""From an ATen operator to its Taylor rule: registered, derived from a functional twin, or decomposed; otherwise refused."""
+"""From an ATen operator to its Taylor rule: registered, derived from another rule, or decomposed; otherwise refused.
+
+A rule takes the operator's own arguments. Operators without side effects reach their rule only if an argument varies.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
+from torch.utils._mode_utils import no_dispatch
 
 from lightning_sketch.errors import ConfigurationError, UnsupportedOperatorError
 from lightning_sketch.jets.tensor import JetTensor, Lead, arrange, block_of, constant, primal_of
@@ -30,7 +35,9 @@ def jet_rule(*operators: OpOverload) -> Callable[[F], F]:
     Example:
         >>> import torch
         >>> from lightning_sketch.jets import JetTensor, jet_rule
-        >>> cube = torch.library.custom_op("jet_docs::cube", lambda x: x**3, mutates_args=(), schema="(Tensor x) -> Tensor")
+        >>> cube = torch.library.custom_op(
+        ...     "jet_docs::cube", lambda x: x**3, mutates_args=(), schema="(Tensor x) -> Tensor"
+        ... )
         >>> @jet_rule(torch.ops.jet_docs.cube.default)
         ... def cube_rule(x):
         ...     return x * x * x
@@ -55,7 +62,7 @@ def jet_rule(*operators: OpOverload) -> Callable[[F], F]:
             if op in _REGISTERED:
                 raise ConfigurationError(f"`{op}` has a jet rule already: `{_REGISTERED[op].__qualname__}`.")
             _REGISTERED[op] = rule
-            _RESOLVED.pop(op, None)
+        _RESOLVED.clear()  # in-place twins and refusals may rest on what was missing
         return rule
 
     return register
@@ -86,10 +93,14 @@ def _resolve(op: OpOverload) -> Rule:
         return _skip_constants(op, rule) if pure else rule
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
         return op.decompose
+    if schema.name.startswith("aten::_foreach_"):
+        return _each_tensor(op)
+    if torch.Tag.inplace_view in op.tags:
+        return _view_in_place(op)
     if schema.is_mutable:
         return _mutating_rule(op)
     if op in decomposition_table and torch.Tag.nondeterministic_seeded not in op.tags:
-        return _skip_constants(op, decomposition_table[op])
+        return _skip_constants(op, _decomposed(op))
     raise missing_rule(op)
 
 
@@ -97,33 +108,97 @@ def _skip_constants(op: OpOverload, rule: Rule) -> Rule:
     """Where no argument varies, run the operator itself: dropout masks and factories cost nothing."""
 
     def pure_rule(*args: Any, **kwargs: Any) -> Any:
-        if varies(args) or (kwargs and varies(kwargs.values())):
+        if varies((*args, *kwargs.values())):
             return rule(*args, **kwargs)
         return run_constant(op, *args, **kwargs)
 
     return pure_rule
 
 
+def _decomposed(op: OpOverload) -> Rule:
+    """Carry ``op`` by torch's decomposition; what is missing inside is reported as ``op``, which the user wrote."""
+    decomposition = decomposition_table[op]
+
+    def decomposed_rule(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return decomposition(*args, **kwargs)
+        except UnsupportedOperatorError as error:
+            raise missing_rule(op) from error
+
+    return decomposed_rule
+
+
 def _mutating_rule(op: OpOverload) -> Rule:
-    """Carry ``foo_`` and ``foo.out`` by the rule of ``foo``, written back into the storage of the target."""
+    """Carry ``foo_`` and ``foo.out`` by the rule of ``foo``, written back into the storage of the targets."""
     schema = op._schema
-    written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    written = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
     functional = _functional_twin(op)
-    if functional is None or len(written) != 1:
+    if functional is None or len(written) != len(functional._schema.returns):
         raise missing_rule(op)
     rule = find_rule(functional)
-    target_name, position = written[0].name, schema.arguments.index(written[0])
-    is_out = written[0].is_out
+    outs = {a.name for _, a in written if a.is_out}
 
-    def in_place_rule(*args: Any, **kwargs: Any) -> Any:
-        target = kwargs[target_name] if target_name in kwargs else args[position]
-        if varies(args) or varies(kwargs.values()):
-            inputs = {k: v for k, v in kwargs.items() if not (is_out and k == target_name)}
-            return write_back(op, target, rule(*args, **inputs))
-        op(*_primals(args), **{k: _primals((v,))[0] for k, v in kwargs.items()})
-        return target
+    def mutating_rule(*args: Any, **kwargs: Any) -> Any:
+        targets = [kwargs[a.name] if a.name in kwargs else args[i] for i, a in written]
+        inputs = {k: v for k, v in kwargs.items() if k not in outs}
+        lead = lead_of((*args, *kwargs.values()))
+        if varies((*args, *inputs.values())):
+            results = rule(*args, **inputs)
+        else:
+            results = _wrap_constants(functional(*_primals(args), **_primal_values(inputs)), lead)
+        for target, result in zip(targets, results if len(targets) > 1 else [results], strict=True):
+            write_back(op, target, result)
+        return targets[0] if len(targets) == 1 else tuple(targets)
 
-    return in_place_rule
+    return mutating_rule
+
+
+def _view_in_place(op: OpOverload) -> Rule:
+    """Carry ``squeeze_`` and its like: the tensor becomes its own view, in the same storage."""
+    functional = _functional_twin(op)
+    if functional is None:
+        raise missing_rule(op)
+    rule = find_rule(functional)
+
+    def view_in_place_rule(x: JetTensor, *args: Any, **kwargs: Any) -> JetTensor:
+        view = rule(x, *args, **kwargs)
+        x.primal, x._cell = view.primal, view._cell
+        with no_dispatch():  # shape and strides of the wrapper itself
+            op(x, *args, **kwargs)
+        return x
+
+    return view_in_place_rule
+
+
+def _each_tensor(op: OpOverload) -> Rule:
+    """Carry ``_foreach_foo`` by ``foo``, one tensor at a time."""
+    name = op._schema.name.removeprefix("aten::_foreach_")
+    single = _SINGLE.get(name) or getattr(torch.ops.aten, name, None)
+    takes_list = str(op._schema.arguments[0].type) == "List[Tensor]"
+    if single is None or not takes_list or any(a.is_out for a in op._schema.arguments):
+        raise missing_rule(op)
+
+    def foreach_rule(tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("addc") and len(args) == 3:  # by keyword in the operator on single tensors
+            args, kwargs = args[:2], {"value": args[-1]}
+        results = []
+        for i, x in enumerate(tensors):
+            own = [a[i] if isinstance(a, (list, tuple)) else a for a in args]
+            named = {k: v[i] if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()}
+            results.append(single(x, *own, **named))
+        return None if name.endswith("_") else results
+
+    return foreach_rule
+
+
+# where torch gives the operator on single tensors another name
+_SINGLE: dict[str, Callable[..., Any]] = {
+    "norm": torch.linalg.vector_norm,
+    "maximum": torch.clamp_min,
+    "maximum_": torch.clamp_min_,
+    "minimum": torch.clamp_max,
+    "minimum_": torch.clamp_max_,
+}
 
 
 def _functional_twin(op: OpOverload) -> OpOverload | None:
@@ -145,10 +220,15 @@ def write_back(op: OpOverload, target: Any, result: Any) -> Any:
     if type(target) is not JetTensor:
         if block is not None:
             raise UnsupportedOperatorError(
-                f"`{op}` writes a value that depends on the weights into a tensor created without them (in "
-                f"`{calling_module()}`): create that tensor by `new_zeros`, `zeros_like` or `empty_like` of the value."
+                f"`{op}` (in {calling_module()}) writes a value that depends on the weights into a tensor created "
+                "without them: create that tensor by `new_zeros`, `zeros_like` or `empty_like` of the value."
             )
         return target.copy_(primal_of(result))
+    if target.shape != result.shape:
+        raise UnsupportedOperatorError(
+            f"`{op}` (in {calling_module()}) writes shape {tuple(result.shape)} into a tensor of shape "
+            f"{tuple(target.shape)}, but jets are not resized: give a tensor of the result's shape."
+        )
     target.primal.copy_(primal_of(result))
     write_block(target, block, fresh=True)
     return target
@@ -166,18 +246,27 @@ def write_block(target: JetTensor, block: Tensor | None, *, fresh: bool) -> None
 
 
 def varies(args: Any) -> bool:
-    """Whether any argument, also inside lists, has coefficients that are not known to be zero."""
+    """Whether any argument, also inside lists, has coefficients that are not known to be zero.
+
+    Raises:
+        ConfigurationError: if two JetTensors differ in degree, directions, or real against complex.
+    """
+    found, lead = False, None
     for a in args:
         if type(a) is JetTensor:
-            if a._cell[0] is not None:
-                return True
+            found = found or a._cell[0] is not None
+            if lead is not None and a.lead != lead:
+                raise ConfigurationError(
+                    f"JetTensors of one computation must agree in (R, P, K), but {lead} meets {a.lead}."
+                )
+            lead = a.lead
         elif isinstance(a, (list, tuple)) and varies(a):
-            return True
-    return False
+            found = True
+    return found
 
 
 def lead_of(args: Any) -> Lead:
-    """Return ``(R, P, K)`` of the first JetTensor among the arguments.
+    """Return ``(R, P, K)`` of the first JetTensor among the arguments, also inside lists.
 
     Raises:
         LookupError: if there is none.
@@ -194,13 +283,17 @@ def lead_of(args: Any) -> Lead:
 
 
 def _primals(args: Any) -> list[Any]:
-    return [[primal_of(b) for b in a] if isinstance(a, (list, tuple)) else primal_of(a) for a in args]
+    return [_primals(a) if isinstance(a, (list, tuple)) else primal_of(a) for a in args]
+
+
+def _primal_values(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(kwargs, _primals(kwargs.values()), strict=True))
 
 
 def run_constant(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     """Run ``op`` on primals; floating-point results become JetTensors with zero coefficients."""
     lead = lead_of((*args, *kwargs.values()))
-    result = op(*_primals(args), **{k: _primals((v,))[0] for k, v in kwargs.items()})
+    result = op(*_primals(args), **_primal_values(kwargs))
     return _wrap_constants(result, lead)
 
 
@@ -215,25 +308,27 @@ def _wrap_constants(result: Any, lead: Lead) -> Any:
 def missing_rule(op: OpOverload) -> UnsupportedOperatorError:
     """Return the error for an operator without a rule."""
     return UnsupportedOperatorError(
-        f"`{op}` (in `{calling_module()}`) has no jet rule: use another operator there, or add a rule with "
+        f"`{op}` (in {calling_module()}) has no jet rule: use another operator there, or add a rule with "
         f"`@lightning_sketch.jets.jet_rule(torch.ops.{op})`."
     )
 
 
 def calling_module() -> str:
-    """Return the path of the innermost ``nn.Module`` whose code is being run, such as ``net.0``; found on the Python stack."""
+    """Return the path of the innermost ``nn.Module`` whose code is running, such as ``net.0``, found on the stack."""
     modules: list[torch.nn.Module] = []
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, torch.nn.Module) and (not modules or modules[-1] is not module):
             modules.append(module)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     if not modules:
-        return "the backward pass or code outside any module"
-    inner, root = modules[0], modules[-1]
-    for candidate in reversed(modules):
-        names = {id(m): name for name, m in candidate.named_modules()}
-        if names.get(id(inner)):
-            return names[id(inner)]
-    return type(inner).__name__ if inner is not root else type(root).__name__
+        return "the backward pass, the optimizer, or code outside any module"
+    for outer in reversed(modules):
+        path = next((name for name, m in outer.named_modules() if m is modules[0]), "")
+        if path:
+            return f"`{path}`"
+    return f"`{type(modules[0]).__name__}`"
+
+
+JetTensor.rule_of = staticmethod(find_rule)

@@ -1,8 +1,8 @@
 """Truncated Taylor arithmetic on coefficient blocks: products, composition, quotient.
 
-A block is one real tensor ``(R, P, K, *S)`` that holds orders ``1..R``; order 0 is a separate real tensor ``S`` shared by all
-``K`` directions. ``P = 2`` is the split (re, im) layout of complex coefficients, so that products with order 0 are real, and
-only products of two coefficients are complex.
+A block is one real tensor ``(R, P, K, *S)`` that holds orders ``1..R``; order 0 is a separate real tensor ``S``
+shared by all ``K`` directions. ``P = 2`` is the split (re, im) layout of complex coefficients, so that products with
+order 0 are real, and only products of two coefficients are complex.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Accumulate = Callable[[Tensor, Tensor, Tensor, int], object]
 
 
 def lift(block: Tensor, ndim: int) -> Tensor:
-    """View ``(R, P, K, *S)`` with ones before ``S`` so that ``S`` has ``ndim`` dimensions and broadcasts from the right."""
+    """View ``(R, P, K, *S)`` with ones before ``S``, so that ``S`` has ``ndim`` dimensions and broadcasts."""
     for _ in range(ndim - (block.ndim - 3)):
         block = block.unsqueeze(3)
     return block
@@ -77,8 +77,8 @@ def add_square(out: Tensor, a: Tensor) -> None:
 def compose(h: Tensor, taylor: Sequence[Tensor]) -> Tensor:
     """Orders ``1..R`` of ``f(x)`` from those of ``x`` and ``taylor[m] = f^(m)(x_0) / m!``, real, shape ``S``.
 
-    Horner's scheme ``f_0 + h (f_1 + h (f_2 + ...))`` in truncated series; ``h`` has no constant term, so the inner factors
-    need fewer orders and the number of complex products is that of the recurrences for degrees up to 3.
+    Horner's scheme ``f_0 + h (f_1 + h (f_2 + ...))`` in truncated series; ``h`` has no constant term, so the inner
+    factors need fewer orders and the number of complex products is that of the recurrences for degrees up to 3.
     """
     orders = h.shape[0]
     inner: Tensor | None = None

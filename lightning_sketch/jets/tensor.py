@@ -1,18 +1,19 @@
 """``JetTensor``: a tensor that carries truncated Taylor series along ``K`` directions through every ATen operator.
 
 The subclass sits below autograd (``__torch_dispatch__``), so ``loss.backward()`` on JetTensors yields the series of the
-gradient, and below the optimizer, so a ``torch.optim`` class stepped on JetTensor parameters yields the series of the update.
-Coefficients are normalised everywhere: order ``r`` holds ``(1/r!) f^(r)(0)[psi, ..., psi]``.
+gradient, and below the optimizer, so a ``torch.optim`` class stepped on JetTensor parameters yields the series of the
+update. Coefficients are normalised everywhere: order ``r`` holds ``(1/r!) f^(r)(0)[psi, ..., psi]``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.errors import ConfigurationError, UnsupportedOperatorError
 
 Lead = tuple[int, int, int]
 
@@ -24,8 +25,8 @@ class JetTensor(torch.Tensor):
 
     Args:
         primal: the value at the expansion point, floating point, shape ``S``.
-        coefficients: orders ``1..R``, shape ``(R, P, K, *S)``, dtype and device of ``primal``; ``P = 2`` holds real and imaginary
-            parts of complex coefficients, ``P = 1`` real ones (all directions real).
+        coefficients: orders ``1..R``, shape ``(R, P, K, *S)``, dtype and device of ``primal``; ``P = 2`` holds real and
+            imaginary parts of complex coefficients, ``P = 1`` real ones (all directions real).
         requires_grad: whether autograd records operations on this tensor.
 
     Raises:
@@ -34,44 +35,94 @@ class JetTensor(torch.Tensor):
 
     primal: Tensor
     lead: Lead
-    # One cell per storage, shared by aliases of the whole tensor. None stands for coefficients that are all zero and not
-    # yet allocated: what a factory such as `zeros_like` or a dropout mask gives.
+    # One cell per storage, shared by aliases of the whole tensor. None stands for coefficients that are all zero and
+    # not yet allocated: what a factory such as `zeros_like` or a dropout mask gives.
     _cell: list[Tensor | None]
+    # Set by the registry, whose rules are written in terms of this class.
+    rule_of: ClassVar[Callable[[Any], Callable[..., Any]]]
 
     @staticmethod
     def __new__(cls, primal: Tensor, coefficients: Tensor, requires_grad: bool = False) -> JetTensor:
-        """Wrap ``primal`` and ``coefficients`` without copying them."""
+        """Wrap ``primal`` and ``coefficients``, copying only what has gaps, overlaps or another memory order."""
         _validate(primal, coefficients)
+        if not _is_dense(primal):
+            primal = primal.clone(memory_format=torch.contiguous_format)
         r, p, k = coefficients.shape[:3]
         return wrap(primal, [arrange(coefficients, primal)], (r, p, k), requires_grad)
 
     @property
     def coefficients(self) -> Tensor:
         """Orders ``1..R`` as one real tensor ``(R, P, K, *S)``; writing into it changes this tensor."""
-        if self._cell[0] is None:
-            self._cell[0] = _zeros_like_layout(self.primal, self.lead)
-        return self._cell[0]
+        block = self._cell[0]
+        if block is None:
+            block = self._cell[0] = _like_layout(self.primal, self.lead, torch.zeros)
+        return block
 
     @property
     def block(self) -> Tensor | None:
         """The coefficients, or ``None`` while they are all zero and not allocated."""
         return self._cell[0]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    @property
+    def data(self) -> Tensor:
+        """This tensor without its history; assigning makes this tensor an alias of another of the same shape."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.shape != self.shape or value.dtype != self.dtype or value.stride() != self.stride():
+            raise ConfigurationError(
+                f"`data` must keep shape, dtype and strides ({tuple(self.shape)}, {self.dtype}, {self.stride()}) but "
+                f"got {tuple(value.shape)}, {value.dtype}, {value.stride()}: make a new tensor instead."
+            )
+        self.primal, self._cell = primal_of(value), value._cell if type(value) is JetTensor else [None]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Return shape, dtype, degree and number of directions."""
         r, p, k = self.lead
         kind = "complex" if p == 2 else "real"
         return f"JetTensor(shape={tuple(self.shape)}, dtype={self.dtype}, degree={r}, directions={k} {kind})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    def __format__(self, spec: str) -> str:
+        """Format the primal of a single number, as torch does; text carries no coefficients."""
+        return format(self.primal.item(), spec) if spec and not self.ndim else repr(self)
+
+    def tolist(self) -> Any:
+        """Refuse: a list of numbers would drop the coefficients.
+
+        Raises:
+            UnsupportedOperatorError: always.
+        """
+        raise _leaves_torch("tolist")
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Refuse: an array would drop the coefficients.
+
+        Raises:
+            UnsupportedOperatorError: always.
+        """
+        raise _leaves_torch("numpy")
+
+    def __array__(self, dtype: Any = None) -> Any:
+        """Refuse, as :meth:`numpy` does."""
+        return self.numpy()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Apply the Taylor rule of the ATen operator ``func``."""
-        return registry.find_rule(func)(*args, **(kwargs or {}))
+        return cls.rule_of(func)(*args, **(kwargs or {}))
 
 
 def _validate(primal: Tensor, coefficients: Tensor) -> None:
+    for name, value in (("primal", primal), ("coefficients", coefficients)):
+        if not isinstance(value, Tensor) or isinstance(value, JetTensor) or value.layout != torch.strided:
+            raise ConfigurationError(f"`{name}` must be an ordinary dense tensor but is a {type(value).__name__}.")
+        if value.requires_grad:
+            raise ConfigurationError(f"`{name}` requires grad: detach it, and pass `requires_grad=True` here instead.")
     if not primal.dtype.is_floating_point:
         raise ConfigurationError(f"`primal` must be floating point but has dtype {primal.dtype}; convert it first.")
     if coefficients.ndim != primal.ndim + 3 or coefficients.shape[3:] != primal.shape:
@@ -89,9 +140,16 @@ def _validate(primal: Tensor, coefficients: Tensor) -> None:
         )
 
 
+def _leaves_torch(method: str) -> UnsupportedOperatorError:
+    return UnsupportedOperatorError(
+        f"`{method}()` would drop the dependence of these values on the weights: keep them in torch, or call it "
+        "outside of what is differentiated."
+    )
+
+
 def wrap(primal: Tensor, cell: list[Tensor | None], lead: Lead, requires_grad: bool = False) -> JetTensor:
     """Make a JetTensor of parts that are known to fit."""
-    jet: JetTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    jet: JetTensor = torch.Tensor._make_wrapper_subclass(
         JetTensor,
         primal.shape,
         strides=primal.stride(),  # the primal's: dropout draws its mask in the memory order of its input
@@ -108,11 +166,25 @@ def wrap(primal: Tensor, cell: list[Tensor | None], lead: Lead, requires_grad: b
 
 def jet(primal: Tensor, block: Tensor | None, lead: Lead) -> JetTensor:
     """Make a JetTensor of a fresh operator result; the coefficients take the primal's dtype and memory order."""
+    if not primal.dtype.is_floating_point:
+        refuse_complex(primal.dtype)
     if block is not None:
         if block.dtype != primal.dtype:
             block = block.to(primal.dtype)
         block = arrange(block, primal)
     return wrap(primal, [block], lead)
+
+
+def refuse_complex(dtype: torch.dtype) -> None:
+    """Raise the error for a complex value that varies with the weights.
+
+    Raises:
+        UnsupportedOperatorError: always.
+    """
+    raise UnsupportedOperatorError(
+        f"A value that depends on the weights became {dtype}, but jets are of real floating-point values: write the "
+        "computation in real and imaginary parts."
+    )
 
 
 def constant(primal: Tensor, lead: Lead) -> JetTensor:
@@ -156,19 +228,19 @@ def arrange(block: Tensor, primal: Tensor) -> Tensor:
     if is_arranged(block, primal):
         return block
     lead = (block.shape[0], block.shape[1], block.shape[2])
-    return _empty_like_layout(primal, lead).copy_(block)
+    return _like_layout(primal, lead, torch.empty).copy_(block)
 
 
-def _empty_like_layout(primal: Tensor, lead: Lead) -> Tensor:
-    r, p, k = lead
-    numel = primal.numel()
+def _is_dense(primal: Tensor) -> bool:
+    """Whether the elements fill their storage without gaps or overlaps, in any order of the dimensions."""
+    if primal.is_contiguous():
+        return True
     dense = torch.empty_like(primal, memory_format=torch.preserve_format)
-    strides = (p * k * numel, k * numel, numel, *dense.stride())
-    return torch.empty_strided((*lead, *primal.shape), strides, dtype=primal.dtype, device=primal.device)
+    return all(n <= 1 or a == b for n, a, b in zip(primal.shape, dense.stride(), primal.stride(), strict=True))
 
 
-def _zeros_like_layout(primal: Tensor, lead: Lead) -> Tensor:
-    return _empty_like_layout(primal, lead).zero_()
-
-
-from lightning_sketch.jets import registry  # noqa: E402  (the registry's rules are written in terms of JetTensor)
+def _like_layout(primal: Tensor, lead: Lead, factory: Callable[..., Tensor]) -> Tensor:
+    """A block ``(R, P, K, *S)`` whose trailing strides are those of the primal, with its gaps and overlaps."""
+    span = 1 + sum((n - 1) * s for n, s in zip(primal.shape, primal.stride(), strict=True)) if primal.numel() else 0
+    flat = factory(*lead, span, dtype=primal.dtype, device=primal.device)
+    return flat.as_strided((*lead, *primal.shape), (*flat.stride()[:3], *primal.stride()))

@@ -1,17 +1,25 @@
 """Taylor rules, one file per family of operators; importing this package registers them."""
 
 from lightning_sketch.jets.rules import (  # noqa: F401
+    activations,
     attention,
     constants,
     convolution,
     indexing,
     linear,
+    losses,
     matmul,
     normalization,
+    piecewise,
     pointwise,
     pooling,
+    powers,
     products,
     reductions,
+    scans,
+    selection,
+    softmax,
+    special,
     views,
     writes,
 )

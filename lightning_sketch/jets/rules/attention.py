@@ -1,55 +1,41 @@
-"""Softmax and its adjoint, with the shift that makes the primal sum exactly one."""
+"""Scaled dot-product attention, where torch would call a fused kernel: written out in operators that have rules."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from lightning_sketch.jets.registry import jet_rule
-from lightning_sketch.jets.rules.views import from_end
-from lightning_sketch.jets.series import compose, divide
-from lightning_sketch.jets.tensor import JetTensor, jet
 
 aten = torch.ops.aten
 
 
-def _exponentials(x: JetTensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Orders ``1..R`` of ``exp(x - logsumexp(x_0))``, whose primal is the softmax: ``f_m = p_0 / m!``."""
-    f = [probabilities]
-    for m in range(1, x.lead[0] + 1):
-        f.append(f[-1] / m)
-    return compose(x.coefficients, f)
+def _scores(q: Any, k: Any, causal: bool, mask: Any, scale: float | None) -> Any:
+    scores = q @ k.mT * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if causal:
+        later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    return scores if mask is None else scores + mask
 
 
-@jet_rule(aten._softmax.default, aten._safe_softmax.default)
-def softmax(x: JetTensor, dim: int, half_to_float: Any = False) -> JetTensor:
-    """``y = e / sum e``; rows that are masked whole are zero in the safe variant."""
-    primal = aten._safe_softmax(x.primal, dim)
-    e = _exponentials(x, primal)
-    total = e.sum(from_end(dim, x.ndim), keepdim=True)
-    ones = torch.ones_like(primal.sum(dim, keepdim=True))
-    return jet(primal, divide(e, primal, ones, total, primal.shape), x.lead)
+@jet_rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def flash_attention(
+    q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, *, attn_mask: Any = None, scale: Any = None
+) -> tuple[Any, Any]:
+    """``softmax(scale q k^T + mask) v`` and the logarithms of the sums; the fused CPU kernel has no dropout."""
+    scores = _scores(q, k, is_causal, attn_mask, scale)
+    return torch.softmax(scores, -1) @ v, scores.logsumexp(-1)
 
 
-@jet_rule(aten._log_softmax.default)
-def log_softmax(x: JetTensor, dim: int, half_to_float: bool = False) -> JetTensor:
-    """``y = x - log(sum e)``; the sum's primal is one, so its logarithm has coefficients ``(-1)^(m-1) / m``."""
-    primal = torch.log_softmax(x.primal, dim)
-    total = _exponentials(x, primal.exp()).sum(from_end(dim, x.ndim), keepdim=True)
-    one = torch.ones_like(primal.sum(dim, keepdim=True))
-    log_total = compose(total, [one * 0, *(one * ((-1) ** (m - 1) / m) for m in range(1, x.lead[0] + 1))])
-    return jet(primal, x.coefficients - log_total, x.lead)
-
-
-@jet_rule(aten._softmax_backward_data.default)
-def softmax_backward(grad: Any, y: Any, dim: int, input_dtype: torch.dtype) -> Any:
-    """``y grad - y sum(y grad)``."""
-    product = grad * y
-    return product - y * product.sum(dim, keepdim=True)
-
-
-@jet_rule(aten._log_softmax_backward_data.default)
-def log_softmax_backward(grad: Any, y: Any, dim: int, input_dtype: torch.dtype) -> Any:
-    """``grad - exp(y) sum(grad)``."""
-    return grad - y.exp() * grad.sum(dim, keepdim=True)
+@jet_rule(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+def flash_attention_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, logsumexp: Any, dropout_p: float, is_causal: bool, *,
+    attn_mask: Any = None, scale: Any = None,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """``dS = P (dP - sum(dP P))`` with ``dP = grad v^T``: the adjoints of softmax and of the two products."""
+    p = torch.softmax(_scores(q, k, is_causal, attn_mask, scale), -1)
+    dp = p * (grad @ v.mT)
+    ds = (dp - p * dp.sum(-1, keepdim=True)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    return ds @ k, ds.mT @ q, p.mT @ grad

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 
 from lightning_sketch.jets.registry import jet_rule, run_constant
+from lightning_sketch.jets.tensor import JetTensor
 
 aten = torch.ops.aten
 
 _CONSTANT: list[OpOverload] = [
     # integers and truth values
-    *(getattr(getattr(aten, name), kind) for name in ("eq", "ne", "lt", "le", "gt", "ge") for kind in ("Tensor", "Scalar")),
+    *(getattr(getattr(aten, n), kind) for n in ("eq", "ne", "lt", "le", "gt", "ge") for kind in ("Tensor", "Scalar")),
     aten.isnan.default, aten.isinf.default, aten.isposinf.default, aten.isneginf.default, aten.signbit.default,
     aten.logical_not.default, aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default,
     aten.any.default, aten.any.dim, aten.all.default, aten.all.dim, aten.nonzero.default, aten.equal.default,
-    aten.argmax.default, aten.argmin.default, aten.argsort.default, aten.argsort.stable, aten.count_nonzero.default,
+    aten.argmax.default, aten.argmin.default, aten.count_nonzero.default,
     aten.bucketize.Tensor, aten.searchsorted.Tensor, aten.multinomial.default,
     # piecewise constant: the derivative is zero on the branch that the primal takes
     aten.sign.default, aten.sgn.default, aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default,
-    aten.heaviside.default,
+    aten.heaviside.default, aten.angle.default, aten.floor_divide.default, aten.floor_divide.Scalar,
     # factories
     aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
     aten.new_empty.default, aten.new_empty_strided.default, aten.new_zeros.default, aten.new_ones.default,
@@ -34,6 +37,22 @@ def _make(op: OpOverload) -> None:
     @jet_rule(op)
     def constant_rule(*args: Any, **kwargs: Any) -> Any:
         return run_constant(op, *args, **kwargs)
+
+
+@functools.cache
+def _warn_of_numbers() -> None:
+    warnings.warn(
+        "A number was taken out of a value that depends on the weights (`.item()`, `float()`, or a Python condition): "
+        "it is treated as constant, so its influence on what follows is not in the Taylor coefficients.",
+        stacklevel=2,
+    )
+
+
+@jet_rule(aten._local_scalar_dense.default)
+def local_scalar_dense(x: JetTensor) -> Any:
+    """``.item()``: the primal's number, constant; said once in a process."""
+    _warn_of_numbers()
+    return x.primal.item()
 
 
 for _op in _CONSTANT:

@@ -1,8 +1,8 @@
 """Convolutions of any dimension, stride, padding, dilation, groups and transposition, and their adjoints.
 
-A convolution is bilinear in input and weight, and its two adjoints are bilinear in (output gradient, weight) and (output gradient,
-input). Where one factor is a primal, ``R P K`` is folded into the batch or the channels of the other; a product of two
-coefficients is one grouped convolution with the directions as groups.
+A convolution is bilinear in input and weight, and its two adjoints are bilinear in (output gradient, weight) and
+(output gradient, input). Where one factor is a primal, ``R P K`` is folded into the batch or the channels of the
+other; a product of two coefficients is one grouped convolution with the directions as groups.
 """
 
 from __future__ import annotations
@@ -38,7 +38,15 @@ class Geometry:
     def forward(self, x: Tensor, weight: Tensor, copies: int = 1) -> Tensor:
         """Convolve, with ``copies`` independent convolutions side by side in the channels."""
         return aten.convolution(
-            x, weight, None, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, copies * self.groups
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            copies * self.groups,
         )
 
     def adjoint(self, grad: Tensor, x: Tensor, weight: Tensor, wanted: int, copies: int = 1) -> Tensor:
@@ -62,7 +70,7 @@ def _from_channels(y: Tensor, copies: int) -> Tensor:
 
 
 def _bilinear(a: Any, b: Any, primal: Tensor, fold_a: Pairwise, fold_b: Pairwise, pairs: Pairwise) -> Tensor:
-    """Orders ``1..R`` of a bilinear map: ``fold_a(A, b_0)`` and ``fold_b(a_0, B)`` for primals, ``pairs`` for coefficients."""
+    """Orders ``1..R`` of a bilinear map: ``fold_a(A, b_0)``, ``fold_b(a_0, B)``, and ``pairs`` for two coefficients."""
     a0, b0, ac, bc = primal_of(a), primal_of(b), block_of(a), block_of(b)
     lead = (ac if ac is not None else bc).shape[:3]  # type: ignore[union-attr]
     out: Tensor | None = None
@@ -82,18 +90,19 @@ def _bilinear(a: Any, b: Any, primal: Tensor, fold_a: Pairwise, fold_b: Pairwise
     return out
 
 
-def _unbatched(x: Any, weight: Any) -> bool:
-    return bool(x.ndim == weight.ndim - 1)
-
-
 @jet_rule(aten.convolution.default)
 def convolution(
-    x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, output_padding: Any, groups: int
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
 ) -> JetTensor:
     """``y = x * w + b``."""
-    if _unbatched(x, weight):
-        y = convolution(x.unsqueeze(0), weight, bias, stride, padding, dilation, transposed, output_padding, groups)
-        return y.squeeze(0)  # type: ignore[return-value]
     g = Geometry(stride, padding, dilation, transposed, output_padding, groups)
     lead = lead_of((x, weight, bias))
     primal = g.forward(primal_of(x), primal_of(weight))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.jets.registry import jet_rule, lead_of
+from lightning_sketch.jets.registry import jet_rule, lead_of, missing_rule
 from lightning_sketch.jets.rules.linear import spread
 from lightning_sketch.jets.rules.views import from_end
 from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
@@ -51,7 +51,11 @@ def gather(x: JetTensor, dim: int, index: Tensor, *, sparse_grad: bool = False) 
     return jet(primal, x.coefficients.gather(from_end(dim, x.ndim), index.expand(*x.lead, *index.shape)), x.lead)
 
 
-def _scatter(x: Any, dim: int, index: Tensor, source: Any, add: bool) -> JetTensor:
+def _scatter(x: Any, dim: int, index: Tensor, source: Any, add: bool) -> Any:
+    if not x.ndim:
+        return _scatter(x.view(1), 0, index.view(-1), source.view(-1), add).view(())
+    if source.ndim == 0 and index.ndim:
+        source = source.view(1)
     lead = lead_of((x, source))
     op = torch.scatter_add if add else torch.scatter
     primal = op(primal_of(x), dim, index, primal_of(source))
@@ -63,19 +67,19 @@ def _scatter(x: Any, dim: int, index: Tensor, source: Any, add: bool) -> JetTens
 
 
 @jet_rule(aten.scatter_add.default)
-def scatter_add(x: Any, dim: int, index: Tensor, source: Any) -> JetTensor:
+def scatter_add(x: Any, dim: int, index: Tensor, source: Any) -> Any:
     """Add at ``index`` along a dimension."""
     return _scatter(x, dim, index, source, add=True)
 
 
 @jet_rule(aten.scatter.src)
-def scatter(x: Any, dim: int, index: Tensor, source: Any) -> JetTensor:
+def scatter(x: Any, dim: int, index: Tensor, source: Any) -> Any:
     """Write at ``index`` along a dimension."""
     return _scatter(x, dim, index, source, add=False)
 
 
 @jet_rule(aten.scatter.value)
-def scatter_value(x: JetTensor, dim: int, index: Tensor, value: float) -> JetTensor:
+def scatter_value(x: JetTensor, dim: int, index: Tensor, value: float) -> Any:
     """Write a constant at ``index`` along a dimension."""
     return _scatter(x, dim, index, torch.full(index.shape, value, dtype=x.dtype, device=x.device), add=False)
 
@@ -94,14 +98,16 @@ def index(x: JetTensor, indices: Sequence[Tensor | None]) -> JetTensor:
     """Advanced indexing."""
     where = _positions(x, indices)
     block = x.coefficients.flatten(3) if x.ndim else x.coefficients.unsqueeze(3)
-    return jet(x.primal[_indices(indices)], block.index_select(3, where.reshape(-1)).view(*x.lead, *where.shape), x.lead)
+    return jet(
+        x.primal[_indices(indices)], block.index_select(3, where.reshape(-1)).view(*x.lead, *where.shape), x.lead
+    )
 
 
 @jet_rule(aten.index_put.default, aten._unsafe_index_put.default)
 def index_put(x: Any, indices: Sequence[Tensor | None], values: Any, accumulate: bool = False) -> JetTensor:
     """Advanced assignment."""
     lead = lead_of((x, values))
-    primal = torch.index_put(primal_of(x), [primal_of(i) for i in indices], primal_of(values), accumulate)
+    primal = aten.index_put(primal_of(x), indices, primal_of(values), accumulate)
     where = _positions(x, indices)
     xc, vc = block_of(x), block_of(values)
     out = primal.new_zeros(*lead, *primal.shape) if xc is None else spread(xc, primal.shape).contiguous()
@@ -114,13 +120,37 @@ def index_put(x: Any, indices: Sequence[Tensor | None], values: Any, accumulate:
     return jet(primal, out, lead)
 
 
+@jet_rule(aten.put.default)
+def put(x: Any, index: Tensor, source: Any, accumulate: bool = False) -> Any:
+    """Assignment by position in the flattened tensor."""
+    flat = torch.index_put(x.reshape(-1), (index.reshape(-1),), source.reshape(-1), accumulate)
+    return flat.reshape(x.shape)
+
+
+@jet_rule(aten.scatter_reduce.two)
+def scatter_reduce(x: Any, dim: int, index: Tensor, source: Any, reduce: str, *, include_self: bool = True) -> Any:
+    """Sums and means at ``index`` along a dimension."""
+    if reduce not in ("sum", "mean"):
+        raise missing_rule(aten.scatter_reduce.two)
+    base = x if include_self else x.scatter(dim, index, 0.0)
+    total = torch.scatter_add(base, dim, index, source)
+    if reduce == "sum":
+        return total
+    ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
+    counts = ones if include_self else ones.scatter(dim, index, 0.0)
+    counts = counts.scatter_add(dim, index, torch.ones(index.shape, dtype=x.dtype, device=x.device))
+    return total / counts.clamp(min=1)
+
+
 @jet_rule(aten.index_add.default)
-def index_add(x: Any, dim: int, index: Tensor, source: Any, *, alpha: float = 1) -> JetTensor:
+def index_add(x: Any, dim: int, index: Tensor, source: Any, *, alpha: float = 1) -> Any:
     """Add rows at ``index``."""
+    if not x.ndim:
+        return index_add(x.view(1), 0, index.view(-1), source.view(-1), alpha=alpha).view(())
     lead = lead_of((x, source))
     primal = torch.index_add(primal_of(x), dim, index, primal_of(source), alpha=alpha)
     xc, sc = block_of(x), block_of(source)
     out = primal.new_zeros(*lead, *primal.shape) if xc is None else spread(xc, primal.shape)
     if sc is not None:
-        out.index_add_(from_end(dim, primal.ndim), index, sc, alpha=alpha)
+        out.index_add_(from_end(dim, primal.ndim), index.view(-1), sc if source.ndim else sc.unsqueeze(-1), alpha=alpha)
     return jet(primal, out, lead)

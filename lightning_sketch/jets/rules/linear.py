@@ -32,7 +32,8 @@ def _combine(a: Any, b: Any, alpha: Any, primal: Tensor) -> JetTensor:
     elif bc is None and ac is not None:
         block = spread(ac, primal.shape)
     else:
-        assert ac is not None and bc is not None
+        assert ac is not None
+        assert bc is not None
         block = torch.add(lift(ac, n), lift(bc, n), alpha=alpha)
     return jet(primal, block, lead_of((a, b)))
 
@@ -71,13 +72,13 @@ def clone(x: JetTensor, *, memory_format: torch.memory_format | None = None) -> 
 def to_copy(x: JetTensor, **kwargs: Any) -> Any:
     """Cast or move; a cast to integers follows the primal's branch, which is constant."""
     primal = aten._to_copy(x.primal, **kwargs)
-    if not primal.dtype.is_floating_point:
+    if not primal.dtype.is_floating_point and not primal.dtype.is_complex:
         return primal
     kwargs.pop("memory_format", None)
     return jet(primal, aten._to_copy(x.coefficients, **kwargs), x.lead)
 
 
-def _by_dims(op: Any, *names: str, added: int = 0) -> None:
+def _by_dims(op: Any, *names: str) -> None:
     """Register a linear operator of one tensor whose arguments ``names`` are dimensions."""
     arguments = op._schema.arguments
     tensor, rest = arguments[0].name, arguments[1:]
@@ -87,12 +88,13 @@ def _by_dims(op: Any, *names: str, added: int = 0) -> None:
         x = args[0] if args else kwargs.pop(tensor)
         bound = {a.name: v for a, v in zip(rest, args[1:], strict=False)} | kwargs
         primal = op(x.primal, **bound)
+        ndim = max(x.ndim, 1)
         for name in names:
             default = next(a.default_value for a in rest if a.name == name)
             d = bound.get(name, default)
-            ndim = x.ndim + added
             bound[name] = [from_end(i, ndim) for i in d] if isinstance(d, (list, tuple)) else from_end(d, ndim)
-        return jet(primal, op(x.coefficients, **bound), x.lead)
+        block = x.coefficients if x.ndim else x.coefficients.unsqueeze(-1)
+        return jet(primal, op(block, **bound).view(*x.lead, *primal.shape), x.lead)
 
 
 _by_dims(aten.flip.default, "dims")
@@ -100,7 +102,6 @@ _by_dims(aten.cumsum.default, "dim")
 _by_dims(aten.index_select.default, "dim")
 _by_dims(aten.tril.default)
 _by_dims(aten.triu.default)
-_by_dims(aten.unfold_copy.default, "dimension")
 
 
 @jet_rule(aten.constant_pad_nd.default)
@@ -145,7 +146,7 @@ def repeat(x: JetTensor, repeats: Sequence[int]) -> JetTensor:
 @jet_rule(aten.roll.default)
 def roll(x: JetTensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> JetTensor:
     """Roll along dimensions, or along the flattened tensor."""
-    primal = x.primal.roll(shifts, dims)
+    primal = aten.roll(x.primal, shifts, dims)
     if not dims:
         block = x.coefficients.flatten(3).roll(shifts, -1) if x.ndim else x.coefficients.clone()
         return jet(primal, block.view(*x.lead, *x.shape), x.lead)
@@ -175,7 +176,7 @@ def _backward_of_view(op: Any, forward: Any) -> None:
     """Register the adjoint of a view: write the gradient into zeros of the input's shape, through the view itself."""
 
     @jet_rule(op)
-    def adjoint(grad: JetTensor, input_sizes: Sequence[int], *args: Any) -> JetTensor:
+    def adjoint(grad: JetTensor, input_sizes: Sequence[int], *args: Any) -> Any:
         out = torch.zeros_like(grad).new_zeros(input_sizes)
         forward(out, *args).copy_(grad)
         return out
@@ -184,3 +185,16 @@ def _backward_of_view(op: Any, forward: Any) -> None:
 _backward_of_view(aten.select_backward.default, aten.select.int)
 _backward_of_view(aten.slice_backward.default, aten.slice.Tensor)
 _backward_of_view(aten.diagonal_backward.default, aten.diagonal.default)
+
+
+def _scatter_of_view(op: Any, view: Any) -> None:
+    """Register a copy of the first argument whose view is replaced by the second."""
+
+    @jet_rule(op)
+    def scatter_rule(x: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        out = torch.zeros_like(source).new_empty(x.shape).copy_(x) if type(x) is not JetTensor else x.clone()
+        view(out, *args, **kwargs).copy_(source)
+        return out
+
+
+_scatter_of_view(aten.diagonal_scatter.default, aten.diagonal.default)

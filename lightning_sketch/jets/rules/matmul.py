@@ -1,4 +1,4 @@
-"""Matrix products, as real GEMMs with ``R P K`` folded into rows or into the batch; only two coefficients multiply complexly."""
+"""Matrix products: real GEMMs with ``R P K`` folded into rows or batch; only two coefficients multiply as complex."""
 
 from __future__ import annotations
 
@@ -55,8 +55,43 @@ def mm(a: Any, b: Any) -> JetTensor:
 @jet_rule(aten.addmm.default, aten.baddbmm.default)
 def addmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> JetTensor:
     """``Y = beta X + alpha A B``."""
-    y = torch.matmul(a, b)
-    return (y if alpha == 1 else y * alpha) + (x if beta == 1 else x * beta)
+    return _weighted_sum(x, torch.matmul(a, b), beta, alpha)
+
+
+def _weighted_sum(x: Any, y: Any, beta: float, alpha: float) -> Any:
+    """``beta x + alpha y``; ``x`` may be NaN where ``beta`` is zero."""
+    y = y if alpha == 1 else y * alpha
+    if beta == 0:
+        return y.expand(torch.broadcast_shapes(x.shape, y.shape))
+    return y + (x if beta == 1 else x * beta)
+
+
+@jet_rule(aten.addbmm.default)
+def addbmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``Y = beta X + alpha sum_i A_i B_i``."""
+    return _weighted_sum(x, torch.bmm(a, b).sum(0), beta, alpha)
+
+
+@jet_rule(aten._trilinear.default)
+def trilinear(
+    a: Any,
+    b: Any,
+    c: Any,
+    expand1: list[int],
+    expand2: list[int],
+    expand3: list[int],
+    sumdim: list[int],
+    unroll_dim: int = 1,
+) -> Any:
+    """``Y = sum A B C``, each expanded by dimensions of size one."""
+    for d in expand1:
+        a = a.unsqueeze(d)
+    for d in expand2:
+        b = b.unsqueeze(d)
+    for d in expand3:
+        c = c.unsqueeze(d)
+    product = a * b * c
+    return product.sum(sumdim) if sumdim else product
 
 
 @jet_rule(aten.mv.default)
@@ -74,4 +109,4 @@ def dot(a: Any, b: Any) -> JetTensor:
 @jet_rule(aten.addmv.default)
 def addmv(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> JetTensor:
     """``y = beta x + alpha A b``."""
-    return x * beta + torch.mv(a, b) * alpha
+    return _weighted_sum(x, torch.mv(a, b), beta, alpha)

@@ -1,6 +1,7 @@
 """Layer, group and batch normalisation with their adjoints, and dropout.
 
-All three norms are ``y = (x - mean) rstd`` over some dimensions followed by an affine map, so they share the two functions below.
+All three norms are ``y = (x - mean) rstd`` over some dimensions followed by an affine map, so they share the two
+functions below.
 """
 
 from __future__ import annotations
@@ -48,7 +49,14 @@ def layer_norm(x: Any, normalized_shape: Sequence[int], weight: Any, bias: Any, 
 
 @jet_rule(aten.native_layer_norm_backward.default)
 def layer_norm_backward(
-    grad: Any, x: Any, normalized_shape: Sequence[int], mean: Any, rstd: Any, weight: Any, bias: Any, output_mask: Sequence[bool]
+    grad: Any,
+    x: Any,
+    normalized_shape: Sequence[int],
+    mean: Any,
+    rstd: Any,
+    weight: Any,
+    bias: Any,
+    output_mask: Sequence[bool],
 ) -> tuple[Any, Any, Any]:
     """The adjoints of :func:`layer_norm`."""
     dims = list(range(-len(normalized_shape), 0))
@@ -71,7 +79,7 @@ def group_norm(
     x: Any, weight: Any, bias: Any, n: int, channels: int, spatial: int, groups: int, eps: float
 ) -> tuple[Any, Any, Any]:
     """Normalise over groups of channels and all positions."""
-    mean, variance, centred = _moments(x.reshape(n, groups, -1), [2])
+    mean, variance, centred = _moments(x.reshape(n, groups, channels // groups * spatial), [2])
     rstd = (variance + eps).rsqrt()
     y = (centred * rstd).reshape(x.shape)
     return _affine(y, _per_channel(weight, x), _per_channel(bias, x)), mean.squeeze(2), rstd.squeeze(2)
@@ -88,8 +96,9 @@ def group_norm_backward(
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """The adjoints of :func:`group_norm`."""
     rstd = rstd.unsqueeze(2)
-    normalised = (x.reshape(n, groups, -1) - mean.unsqueeze(2)) * rstd
-    scaled = (grad if weight is None else grad * _per_channel(weight, x)).reshape(n, groups, -1)
+    shape = (n, groups, channels // groups * spatial)
+    normalised = (x.reshape(shape) - mean.unsqueeze(2)) * rstd
+    scaled = (grad if weight is None else grad * _per_channel(weight, x)).reshape(shape)
     others = [0, *range(2, x.ndim)]
     return (
         _adjoint(scaled, normalised, rstd, [2]).reshape(x.shape) if output_mask[0] else None,
@@ -122,7 +131,9 @@ def batch_norm(
 
 
 @jet_rule(aten._native_batch_norm_legit.no_stats)
-def batch_norm_no_stats(x: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float) -> tuple[Any, Any, Any]:
+def batch_norm_no_stats(
+    x: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float
+) -> tuple[Any, Any, Any]:
     """Batch normalisation without running statistics."""
     return batch_norm(x, weight, bias, None, None, training, momentum, eps)
 
@@ -153,7 +164,7 @@ def batch_norm_backward(
 def native_dropout(x: JetTensor, p: float, train: bool | None) -> tuple[JetTensor, Any]:
     """``y = x mask / (1 - p)``, the mask drawn by the primal's own kernel."""
     if x.block is None:
-        return run_constant(aten.native_dropout.default, x, p, train)  # type: ignore[no-any-return]
+        return run_constant(aten.native_dropout.default, x, p, train)
     y, mask = aten.native_dropout(x.primal, p, train)
     scale = 1.0 if train is False or p == 0 else (0.0 if p == 1 else 1 / (1 - p))
     return jet(y, x.coefficients * (mask * scale), x.lead), mask

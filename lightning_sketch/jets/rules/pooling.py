@@ -1,4 +1,4 @@
-"""Pooling: linear once the primal has chosen its maxima; directions are folded into the batch."""
+"""Pooling and padding: linear once the primal has chosen its maxima; directions are folded into the batch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.jets.registry import jet_rule
-from lightning_sketch.jets.tensor import JetTensor, jet, primal_of
+from lightning_sketch.jets.registry import jet_rule, run_constant
+from lightning_sketch.jets.tensor import block_of, jet, primal_of
 
 aten = torch.ops.aten
 
@@ -17,7 +17,9 @@ def _folded(op: Any, spatial: int) -> None:
     """Register a linear pooling operator, or its adjoint, whose first argument is the only one that varies linearly."""
 
     @jet_rule(op)
-    def pooling_rule(x: JetTensor, *args: Any, **kwargs: Any) -> JetTensor:
+    def pooling_rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if block_of(x) is None:  # an adjoint, whose input varies only in what it was applied to
+            return run_constant(op, x, *args, **kwargs)
         primals = [primal_of(a) for a in args]
         primal = op(x.primal, *primals, **kwargs)
         block = x.coefficients.reshape(-1, *x.shape[-spatial - 1 :])
@@ -38,8 +40,9 @@ for _op, _spatial in (
     (aten._adaptive_avg_pool2d_backward.default, 2),
     (aten._adaptive_avg_pool3d.default, 3),
     (aten._adaptive_avg_pool3d_backward.default, 3),
-    (aten.avg_pool1d.default, 1),
-    (aten.adaptive_avg_pool1d.default, 1),
+    (aten.replication_pad1d_backward.default, 1),
+    (aten.replication_pad2d_backward.default, 2),
+    (aten.replication_pad3d_backward.default, 3),
 ):
     _folded(_op, _spatial)
 
@@ -48,8 +51,10 @@ def _maxima(op: Any, spatial: int) -> None:
     """Register a max pooling that returns flat indices into the pooled dimensions."""
 
     @jet_rule(op)
-    def max_pool_rule(x: JetTensor, *args: Any, **kwargs: Any) -> tuple[JetTensor, Tensor]:
-        primal, indices = op(x.primal, *args, **kwargs)
+    def max_pool_rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if block_of(x) is None:
+            return run_constant(op, x, *args, **kwargs)
+        primal, indices = op(x.primal, *(primal_of(a) for a in args), **kwargs)
         flat = x.coefficients.flatten(-spatial)
         block = flat.gather(-1, indices.flatten(-spatial).expand(*flat.shape[:-1], -1))
         return jet(primal, block.view(*x.lead, *primal.shape), x.lead), indices
@@ -69,7 +74,11 @@ _maxima(aten.max_pool2d_with_indices.default, 2)
 _maxima(aten.max_pool3d_with_indices.default, 3)
 _maxima(aten.adaptive_max_pool2d.default, 2)
 _maxima(aten.adaptive_max_pool3d.default, 3)
+_maxima(aten.fractional_max_pool2d.default, 2)
+_maxima(aten.fractional_max_pool3d.default, 3)
 _maxima_adjoint(aten.max_pool2d_with_indices_backward.default, 2)
 _maxima_adjoint(aten.max_pool3d_with_indices_backward.default, 3)
 _maxima_adjoint(aten.adaptive_max_pool2d_backward.default, 2)
 _maxima_adjoint(aten.adaptive_max_pool3d_backward.default, 3)
+_maxima_adjoint(aten.fractional_max_pool2d_backward.default, 2)
+_maxima_adjoint(aten.fractional_max_pool3d_backward.default, 3)

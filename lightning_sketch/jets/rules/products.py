@@ -46,13 +46,7 @@ def mul(a: Any, b: Any) -> JetTensor:
     return jet(primal, product_block(a, b, primal.shape), lead_of_any(a, b))
 
 
-@jet_rule(aten.square.default)
-def square(x: JetTensor) -> JetTensor:
-    """``y = x^2``."""
-    return mul(x, x)
-
-
-@jet_rule(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor)
+@jet_rule(aten.div.Tensor, aten.div.Scalar)
 def div(a: Any, b: Any) -> JetTensor:
     """``y = a / b``, from ``b y = a``."""
     a0, b0, ac, bc = primal_of(a), primal_of(b), block_of(a), block_of(b)
@@ -69,18 +63,18 @@ def div(a: Any, b: Any) -> JetTensor:
 
 
 @jet_rule(aten.addcmul.default)
-def addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> JetTensor:
+def addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Any:
     """``y = x + value a b``."""
-    return x + (mul(a, b) if value == 1 else mul(a, b) * value)
+    return x + (a * b if value == 1 else a * b * value)
 
 
 @jet_rule(aten.addcdiv.default)
-def addcdiv(x: Any, a: Any, b: Any, *, value: float = 1) -> JetTensor:
+def addcdiv(x: Any, a: Any, b: Any, *, value: float = 1) -> Any:
     """``y = x + value a / b``."""
-    return x + (div(a, b) if value == 1 else div(a, b) * value)
+    return x + (a / b if value == 1 else a / b * value)
 
 
 @jet_rule(aten.lerp.Scalar, aten.lerp.Tensor)
-def lerp(a: Any, b: Any, weight: Any) -> JetTensor:
+def lerp(a: Any, b: Any, weight: Any) -> Any:
     """``y = a + weight (b - a)``."""
     return a + (b - a) * weight

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.jets.registry import jet_rule
+from lightning_sketch.jets.registry import jet_rule, run_constant
 from lightning_sketch.jets.rules.products import product_block
 from lightning_sketch.jets.rules.views import from_end
 from lightning_sketch.jets.tensor import JetTensor, jet
@@ -41,29 +41,6 @@ def mean(x: JetTensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.d
     return jet(primal, _sum_block(x, _dims(x, dim), keepdim) / count, x.lead)
 
 
-def _take(x: JetTensor, primal: Tensor, index: Tensor, dim: int, keepdim: bool) -> JetTensor:
-    """The entries of ``x`` at ``index`` (kept dimension) along ``dim``."""
-    d = from_end(dim, x.ndim)
-    block = x.coefficients.gather(d, index.expand(*x.lead, *index.shape)) if x.ndim else x.coefficients.clone()
-    return jet(primal, block if keepdim or not x.ndim else block.squeeze(d), x.lead)
-
-
-@jet_rule(aten.max.dim)
-def max_dim(x: JetTensor, dim: int, keepdim: bool = False) -> tuple[JetTensor, Tensor]:
-    """The largest entry: piecewise, the one that the primal takes."""
-    values, indices = x.primal.max(dim, keepdim)
-    index = indices if keepdim or not x.ndim else indices.unsqueeze(dim)
-    return _take(x, values, index, dim, keepdim), indices
-
-
-@jet_rule(aten.min.dim)
-def min_dim(x: JetTensor, dim: int, keepdim: bool = False) -> tuple[JetTensor, Tensor]:
-    """The smallest entry: piecewise, the one that the primal takes."""
-    values, indices = x.primal.min(dim, keepdim)
-    index = indices if keepdim or not x.ndim else indices.unsqueeze(dim)
-    return _take(x, values, index, dim, keepdim), indices
-
-
 @jet_rule(aten.max.default)
 def max_all(x: JetTensor) -> JetTensor:
     """The largest entry of all."""
@@ -79,13 +56,25 @@ def min_all(x: JetTensor) -> JetTensor:
 @jet_rule(aten.amax.default)
 def amax(x: JetTensor, dim: Sequence[int] = (), keepdim: bool = False) -> JetTensor:
     """The largest entry over several dimensions; ties share equally, as in autograd."""
-    return _extremum(x, x.primal.amax(dim, keepdim), _dims(x, dim), keepdim)
+    return _extremum(x, aten.amax(x.primal, dim, keepdim), _dims(x, dim), keepdim)
 
 
 @jet_rule(aten.amin.default)
 def amin(x: JetTensor, dim: Sequence[int] = (), keepdim: bool = False) -> JetTensor:
     """The smallest entry over several dimensions; ties share equally, as in autograd."""
-    return _extremum(x, x.primal.amin(dim, keepdim), _dims(x, dim), keepdim)
+    return _extremum(x, aten.amin(x.primal, dim, keepdim), _dims(x, dim), keepdim)
+
+
+@jet_rule(aten.median.default)
+def median(x: JetTensor) -> JetTensor:
+    """The middle entry; equal ones share, as in autograd."""
+    return _extremum(x, aten.median(x.primal), _dims(x, None), False)
+
+
+@jet_rule(aten.nanmedian.default)
+def nanmedian(x: JetTensor) -> JetTensor:
+    """The middle one of the entries that are numbers; equal ones share, as in autograd."""
+    return _extremum(x, aten.nanmedian(x.primal), _dims(x, None), False)
 
 
 def _extremum(x: JetTensor, primal: Tensor, dims: list[int], keepdim: bool) -> JetTensor:
@@ -105,13 +94,15 @@ def _unsqueeze_all(y: Tensor, dims: list[int], ndim: int) -> Tensor:
 @jet_rule(aten.linalg_vector_norm.default)
 def vector_norm(
     x: JetTensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
-) -> JetTensor:
+) -> Any:
     """The p-norm; ``p = 2`` as the root of the sum of squares."""
     x = x.to(dtype) if dtype is not None else x  # type: ignore[assignment]
     if ord == 2:
         squares = jet(x.primal * x.primal, product_block(x, x, x.shape), x.lead)
         return aten.sum.dim_IntList(squares, dim, keepdim).sqrt()
-    size = x.abs()
+    if ord == 0:  # how many are not zero
+        return run_constant(aten.linalg_vector_norm.default, x, ord, dim, keepdim)
+    size = x if ord > 0 and ord % 2 == 0 else x.abs()  # an even power is analytic at zero, the absolute value is not
     dims = _dims(x, dim)
     if ord == float("inf"):
         return size.amax(dims, keepdim)
@@ -123,15 +114,13 @@ def vector_norm(
 
 
 @jet_rule(aten.var.correction)
-def var(x: JetTensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> JetTensor:
+def var(x: JetTensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
     """Mean squared deviation, with Bessel's correction."""
     return var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
 
 
 @jet_rule(aten.var_mean.correction)
-def var_mean(
-    x: JetTensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
-) -> tuple[JetTensor, JetTensor]:
+def var_mean(x: JetTensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
     """Variance and mean."""
     dims = _dims(x, dim)
     mean_kept = x.mean(dims, keepdim=True)
@@ -142,6 +131,6 @@ def var_mean(
 
 
 @jet_rule(aten.std.correction)
-def std(x: JetTensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> JetTensor:
+def std(x: JetTensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
     """Root of the variance."""
     return var(x, dim, correction=correction, keepdim=keepdim).sqrt()

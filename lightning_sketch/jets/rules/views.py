@@ -1,4 +1,4 @@
-"""Views: the same view of the trailing dimensions of the coefficients, in the same storage, so that aliasing is kept."""
+"""Views: the same view of the coefficients' trailing dimensions, in the same storage, so that aliasing is kept."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ aten = torch.ops.aten
 
 def _view(x: JetTensor, primal: Tensor, block: Tensor) -> JetTensor:
     assert is_arranged(block, primal), "a view of arranged coefficients is arranged"
+    assert block.shape[3:] == primal.shape, "the same view of both"
     return wrap(primal, [block], x.lead)
 
 
@@ -50,7 +51,7 @@ def expand(x: JetTensor, size: Sequence[int], *, implicit: bool = False) -> JetT
 @jet_rule(aten.permute.default)
 def permute(x: JetTensor, dims: Sequence[int]) -> JetTensor:
     """Reorder dimensions."""
-    return _view(x, x.primal.permute(dims), x.coefficients.permute(0, 1, 2, *(d % x.ndim + 3 for d in dims)))
+    return _view(x, aten.permute(x.primal, dims), x.coefficients.permute(0, 1, 2, *(d % x.ndim + 3 for d in dims)))
 
 
 @jet_rule(aten.t.default)
@@ -83,8 +84,11 @@ def _by_dim(op: Any, *positions: int, added: int = 0) -> None:
         primal = op(x.primal, *arguments)
         for p in positions:
             d = arguments[p]
-            ndim = x.ndim + added
+            ndim = max(x.ndim + added, 1)
             arguments[p] = [from_end(i, ndim) for i in d] if isinstance(d, (list, tuple)) else from_end(d, ndim)
+        if not x.ndim:  # a number counts as a vector of one entry
+            block = op(x.coefficients if added else x.coefficients.unsqueeze(-1), *arguments)
+            return _view(x, primal, block.view(*x.lead, *primal.shape))
         block = op(x.coefficients, *arguments)
         if isinstance(primal, (list, tuple)):
             return [_view(x, p, b) for p, b in zip(primal, block, strict=True)]
@@ -115,5 +119,3 @@ def squeeze(x: JetTensor) -> JetTensor:
     primal = x.primal.squeeze()
     dims = [d - x.ndim for d, n in enumerate(x.shape) if n == 1]
     return _view(x, primal, x.coefficients.squeeze(dims) if dims else x.coefficients)
-
-

@@ -1,4 +1,4 @@
-"""In-place operators: coefficients are written into the target's storage, never rebound, so that aliases see the change."""
+"""In-place operators: coefficients are written into the target's storage, never rebound, so that aliases see it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ aten = torch.ops.aten
 @jet_rule(aten.copy_.default)
 def copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
     """Overwrite with another tensor."""
+    varies((target, source))  # checks that they agree
     if type(target) is not JetTensor:
         return write_back(aten.copy_.default, target, source)
     target.primal.copy_(primal_of(source))
@@ -28,9 +29,10 @@ def _overwrite(op: Any) -> None:
     """Register an operator that replaces every entry by a constant or a random draw."""
 
     @jet_rule(op)
-    def overwrite_rule(target: JetTensor, *args: Any, **kwargs: Any) -> JetTensor:
-        op(target.primal, *(primal_of(a) for a in args), **kwargs)
-        write_block(target, None, fresh=True)
+    def overwrite_rule(target: Any, *args: Any, **kwargs: Any) -> Any:
+        op(primal_of(target), *(primal_of(a) for a in args), **kwargs)
+        if type(target) is JetTensor:
+            write_block(target, None, fresh=True)
         return target
 
 
@@ -43,6 +45,11 @@ for _op in (
     aten.uniform_.default,
     aten.exponential_.default,
     aten.random_.default,
+    aten.random_.to,
+    getattr(aten.random_, "from"),
+    aten.cauchy_.default,
+    aten.log_normal_.default,
+    aten.geometric_.default,
 ):
     _overwrite(_op)
 
@@ -78,6 +85,7 @@ def _shift(op: Any) -> None:
 
     @jet_rule(op)
     def shift_rule(target: Any, other: Any, alpha: Any = 1) -> Any:
+        varies((target, other))  # checks that they agree
         if type(target) is not JetTensor:
             return write_back(op, target, functional(target, other, alpha=alpha))
         op(target.primal, primal_of(other), alpha=alpha)

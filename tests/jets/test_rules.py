@@ -1,0 +1,88 @@
+"""Every operator that has a rule, called by itself."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_sketch.jets import registered_operators
+
+from .oracle import Curve, Function, assert_right, make_curve
+from .samples import SAMPLES
+from .test_modules import CASES as MODULES
+
+# These need what the forward kernel kept of its input, so they are called through autograd, in test_modules.py.
+THROUGH_AUTOGRAD = {
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": "encoder layer, no dropout",
+    "aten.log_sigmoid_backward.default": "LogSigmoid",
+    "aten.multilabel_margin_loss_backward.default": "MultiLabelMargin",
+}
+
+
+def own_operators() -> list[Any]:
+    return sorted((op for op in registered_operators() if op.namespace == "aten"), key=str)
+
+
+def case(op: Any, arguments: tuple[Any, ...], degree: int, parts: int, directions: int) -> tuple[Function, list[Curve]]:
+    kwargs = arguments[-1] if isinstance(arguments[-1], dict) else {}
+    args = arguments[:-1] if kwargs else arguments
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    varying = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dtype == torch.float64]
+    generator = torch.Generator().manual_seed(0)
+    curves = [make_curve(leaves[i], degree, parts, directions, generator) for i in varying]
+
+    def function(xs: list[Tensor]) -> list[Tensor]:
+        new = list(leaves)
+        for i, x in zip(varying, xs, strict=True):
+            new[i] = x
+        a, k = pytree.tree_unflatten(new, spec)
+        torch.manual_seed(0)
+        result = [y for y in pytree.tree_leaves(op(*a, **k)) if isinstance(y, Tensor)]
+        if op is torch.ops.aten.log_sigmoid_forward.default:  # the buffer belongs to the fused kernel
+            result = result[:1]
+        if "empty" in str(op):
+            result = [torch.zeros_like(y) for y in result]
+        return [y for y in result if y.dtype != torch.float32] + xs
+
+    return function, curves
+
+
+CASES = [(op, sample) for op, samples in SAMPLES.items() for sample in samples]
+
+
+@pytest.mark.parametrize("op", own_operators(), ids=str)
+def test_operator_has_samples(op):
+    """Oracle: the table of samples."""
+    assert op in SAMPLES or THROUGH_AUTOGRAD[str(op)] in MODULES
+
+
+@pytest.mark.parametrize("parts", [1, 2], ids=["real", "complex"])
+@pytest.mark.parametrize(("op", "sample"), CASES, ids=[f"{op}-{n}" for n, (op, _) in enumerate(CASES)])
+def test_rule(op, sample, parts):
+    """Oracle: polynomials fitted to the operator itself; arguments that it writes into are compared too."""
+    torch.manual_seed(0)
+    function, curves = case(op, sample(), degree=3, parts=parts, directions=3 - parts)
+    if curves:
+        assert_right(function, curves, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("op", "sample"), CASES, ids=[f"{op}-{n}" for n, (op, _) in enumerate(CASES)])
+def test_one_argument_at_a_time(op, sample):
+    """Oracle: polynomials fitted to the operator itself; the other arguments are ordinary tensors."""
+    torch.manual_seed(0)
+    function, curves = case(op, sample(), degree=2, parts=1, directions=1)
+    if op._schema.is_mutable or "native_batch_norm" in str(op):  # what is written into must vary too
+        curves = []
+    for i in itertools.islice(range(len(curves)), 4 if len(curves) > 1 else 0):
+
+        def alone(xs: list[Tensor], i: int = i) -> list[Tensor]:
+            mixed = [c.point.clone() for c in curves]
+            mixed[i] = xs[0]
+            return list(function(mixed))[: -len(curves)]
+
+        assert_right(alone, [curves[i]], tolerance=1e-5)
