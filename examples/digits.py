@@ -1,10 +1,10 @@
 """What would a digit classifier do without some of its data sources?
 
-One training run with ``SketchCallback`` answers for any set of sources; each answer is compared here with really retraining.
+One training run with ``SketchCallback`` answers for any set of sources; each answer is compared with retraining.
 
     python examples/digits.py [--out DIR]
 
-Takes about half a minute on two cores. Writes the sketch and a figure to DIR (``digits_output`` unless given).
+Takes about half a minute on two cores. Writes the sketch and a figure to DIR (``digits_output`` by default).
 """
 
 import argparse
@@ -97,7 +97,7 @@ def test_losses(model: DigitClassifier, batch: tuple[Tensor, Tensor]) -> Tensor:
 def main() -> None:
     """Train once with the sketch, predict three deletions, retrain for each, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("digits_output"), help="directory of the sketch and the figure")
+    parser.add_argument("--out", type=Path, default=Path("digits_output"), help="where sketch and figure go")
     out = parser.parse_args().out
     warnings.filterwarnings("ignore", module=r"lightning\.")
     console = Console()
@@ -118,7 +118,7 @@ def main() -> None:
     started = time.perf_counter()
     predictions = {name: effect.delete(units=units) for name, units in WITHDRAWN.items()}
     query_seconds = (time.perf_counter() - started) / len(WITHDRAWN)
-    console.print(f"  {prepare_seconds:.2f} s to prepare 360 test images, then {1000 * query_seconds:.1f} ms for a deletion")
+    console.print(f"  {prepare_seconds:.2f} s to prepare 360 test images, {1000 * query_seconds:.1f} ms for a deletion")
 
     console.print("\n[bold]3. Retrain without them, to compare[/bold]")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the Trainer has said it all once
@@ -148,7 +148,8 @@ def main() -> None:
             table.add_row(name if position == 0 else "", kind, *cells, end_section=last)
         error = (p.change - true).norm() / true.norm()
         first_order = (p.by_degree[0] - baseline - true).norm() / true.norm()
-        summary.append(f"  without {name}: relative error {100 * error:.2f} % (first order alone: {100 * first_order:.1f} %)")
+        errors = f"relative error {100 * error:.2f} % (first order alone: {100 * first_order:.1f} %)"
+        summary.append(f"  without {name}: {errors}")
     console.print(table)
     console.print("± is one standard error plus the last Taylor term. Over all 360 test images:")
     console.print("\n".join(summary), highlight=False)
@@ -156,7 +157,8 @@ def main() -> None:
     figure, panels = plt.subplots(1, len(WITHDRAWN), figsize=(12, 4), layout="constrained")
     for panel, (name, p) in zip(panels, predictions.items(), strict=True):
         plot_predicted_against_retrained(p.change, retrained[name], p.stderr, ax=panel, label="degree 3")
-        plot_predicted_against_retrained(p.by_degree[0] - baseline, retrained[name], ax=panel, label="first order alone")
+        first_order = p.by_degree[0] - baseline
+        plot_predicted_against_retrained(first_order, retrained[name], ax=panel, label="first order alone")
         panel.set_title(f"without sources {name}")
         panel.set_xlabel("change of test loss after retraining (nats)")
         panel.set_ylabel("predicted change (nats)")
@@ -164,8 +166,8 @@ def main() -> None:
 
     crossover = (sketch_seconds + prepare_seconds) / max(retrain_seconds - query_seconds, 1e-9)
     console.print(
-        f"\nThe sketched run took {sketch_seconds:.1f} s, a retraining {retrain_seconds:.2f} s: for a model this small the sketch "
-        f"overtakes retraining after about {crossover:.0f} questions.\n"
+        f"\nThe sketched run took {sketch_seconds:.1f} s, a retraining {retrain_seconds:.2f} s: for a model this small "
+        f"the sketch overtakes retraining after about {crossover:.0f} questions.\n"
         f"Figure: {out / 'predicted_against_retrained.png'}",
         highlight=False,
         soft_wrap=True,

@@ -1,7 +1,7 @@
 """Predict, from one training run, what a model would do without any of its training examples.
 
-Callbacks carry higher-order Taylor coefficients along an unchanged ``Trainer.fit`` and leave a sketch; from the sketch any deletion
-is predicted in milliseconds. Method: Gunn, *How to sketch a learning algorithm* (arXiv 2604.07328).
+Callbacks carry higher-order Taylor coefficients along an unchanged ``Trainer.fit`` and leave a sketch; from the sketch
+any deletion is predicted in milliseconds. Method: Gunn, *How to sketch a learning algorithm* (arXiv 2604.07328).
 """
 
 from lightning_sketch.callbacks import Reweight, SketchCallback

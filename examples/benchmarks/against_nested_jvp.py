@@ -1,7 +1,7 @@
-"""(b) One gradient on jets against nested ``torch.func.jvp`` under ``vmap``, where that is right (no normalisation layers).
+"""(b) One gradient on jets against nested ``torch.func.jvp`` under ``vmap``, where that is right (no normalisation).
 
-The baseline differentiates ``z -> grad L(theta_0 + theta_1 z + ... + theta_R z^R)`` R times at ``z = 0``. It has no complex
-directions: a complex one of degree R takes R + 1 real ones (the coefficients of a binary form).
+The baseline differentiates ``z -> grad L(theta_0 + theta_1 z + ... + theta_R z^R)`` R times at ``z = 0``. It has no
+complex directions: a complex one of degree R takes R + 1 real ones (the coefficients of a binary form).
 
     python examples/benchmarks/against_nested_jvp.py [--degree 3] [--directions 8]
 """
@@ -43,7 +43,8 @@ def check(case: Case, degree: int) -> float:
     params = {n: p.detach() for n, p in model.named_parameters()}
     curves = {n: 1e-1 * torch.randn(2, degree, *p.shape, dtype=p.dtype) for n, p in params.items()}
     theirs = nested(double, params, curves, degree)
-    jets = {n: JetTensor(p, curves[n].transpose(0, 1).unsqueeze(1).contiguous(), requires_grad=True) for n, p in params.items()}
+    blocks = {n: c.transpose(0, 1).unsqueeze(1).contiguous() for n, c in curves.items()}
+    jets = {n: JetTensor(p, blocks[n], requires_grad=True) for n, p in params.items()}
     with sdpa_kernel(SDPBackend.MATH):
         ours = torch.autograd.grad(double.loss(jets), list(jets.values()))
     worst = 0.0

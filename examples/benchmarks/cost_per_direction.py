@@ -1,9 +1,9 @@
 """(a) Cost of one direction in units of one plain gradient, against the operation count.
 
-A product of the primal with a coefficient is one real product, of two coefficients one (real directions) or four (complex ones), so
-a direction of degree R costs at least ``2R + R(R-1)/2`` real or ``4R + 2R(R-1)`` complex.
+A product of the primal with a coefficient is one real product, of two coefficients one (real directions) or four
+(complex ones), so a direction of degree R costs at least ``2R + R(R-1)/2`` real or ``4R + 2R(R-1)`` complex.
 
-    python examples/benchmarks/cost_per_direction.py [--cases mlp cnn gpt] [--degrees 1 2 3] [--directions 8 64] [--real]
+    python examples/benchmarks/cost_per_direction.py [--cases gpt] [--degrees 1 2] [--directions 8] [--real]
 """
 
 import argparse
@@ -47,7 +47,8 @@ def main() -> None:
                 jets = seconds(case.jets(degree, directions, given.real), given.repeats)
                 cost = jets / seconds(plain, 5 * given.repeats) / directions
                 kind = "real" if given.real else "complex"
-                print(f"| {case.name} | {degree} | {directions} {kind} | {cost:.1f} | {limit:g} | {cost / limit:.2f} |", flush=True)
+                row = f"| {case.name} | {degree} | {directions} {kind} | {cost:.1f} | {limit:g} | {cost / limit:.2f} |"
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """(d) CPU time per direction and training step of the names transformer, everything included.
 
-    python examples/benchmarks/microgpt_steps.py --names FILE [--steps 40] [--directions 128] [--degree 3]
+python examples/benchmarks/microgpt_steps.py --names FILE [--steps 40] [--directions 128] [--degree 3]
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_sketch import SketchCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "paper"))
-from microgpt import MicroGPT, NamesDataset, collate_names, load_names  # noqa: E402
+from microgpt import MicroGPT, NamesDataset, collate_names, load_names
 
 
 class StepTimes(pl.Callback):

@@ -35,8 +35,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder of 0.8M parameters."""
 
-    def __init__(self, vocabulary: int = 65, width: int = 128, layers: int = 4, heads: int = 4, context: int = 64, norm: bool = True):
+    def __init__(self, norm: bool = True) -> None:
         super().__init__()
+        vocabulary, width, layers, heads, context = 65, 128, 4, 4, 64
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads, norm) for _ in range(layers)))
@@ -73,8 +74,10 @@ class Case:
     def jets(self, degree: int, directions: int, real: bool) -> Callable[[], None]:
         """Return one gradient on jets, of parameters whose coefficients all differ from zero."""
         lead = (degree, 1 if real else 2, directions)
-        make = lambda p: JetTensor(p, 1e-3 * torch.randn(*lead, *p.shape, dtype=p.dtype, device=p.device), requires_grad=True)  # noqa: E731
-        params = {name: make(p.detach()) for name, p in self.model.named_parameters()}
+        params = {}
+        for name, p in self.model.named_parameters():
+            coefficients = 1e-3 * torch.randn(*lead, *p.shape, dtype=p.dtype, device=p.device)
+            params[name] = JetTensor(p.detach(), coefficients, requires_grad=True)
         ones = torch.ones(len(self.inputs), device=self.inputs.device)
         weights = JetTensor(ones, 1e-3 * torch.randn(*lead, len(ones), device=ones.device))
 
@@ -95,7 +98,8 @@ def cnn() -> Case:
     """Two convolutions of 32 and 64 channels on 16 x 16 images, batch of 16."""
     model = nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.GELU(), nn.AvgPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1), nn.GroupNorm(4, 64), nn.GELU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(1024, 10),
+        nn.Conv2d(32, 64, 3, padding=1), nn.GroupNorm(4, 64), nn.GELU(), nn.AvgPool2d(2),
+        nn.Flatten(), nn.Linear(1024, 10),
     )  # fmt: skip
     return Case("CNN", model, torch.randn(16, 3, 16, 16), torch.randint(0, 10, (16,)))
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Prediction:
     """The predicted output after a deletion, and how far to trust it.
 
-    ``value = baseline + change``, ``by_degree[-1] = value``. All tensors have the dtype, device and units of the output.
+    ``value = baseline + change`` and ``by_degree[-1] = value``, all in the dtype, device and units of the output.
 
     Shape:
         ``*out`` is the output's shape. From :meth:`Effect.delete_many` every field but ``baseline`` has the deletions,

@@ -29,8 +29,8 @@ class DeletionPredictor:
     Args:
         sketch: a sketch of the training run.
         module: a module of the class that was trained.
-        output: ``"loss"`` for the per-example training loss in evaluation mode, or ``callable(module, batch) -> tensor`` whose
-            first dimension is examples.
+        output: ``"loss"`` for the per-example training loss in evaluation mode, or
+            ``callable(module, batch) -> tensor`` whose first dimension is examples.
 
     Raises:
         SketchError: if the sketch is of another model.
@@ -39,10 +39,13 @@ class DeletionPredictor:
 
     def __init__(self, sketch: Sketch, module: nn.Module, output: str | Output = "loss") -> None:
         if output != "loss" and not callable(output):
-            raise ConfigurationError(f"`output` must be 'loss' or a callable(module, batch) -> tensor but is {output!r}.")
+            raise ConfigurationError(
+                f"`output` must be 'loss' or a callable(module, batch) -> tensor but is {output!r}."
+            )
         if output == "loss" and sketch.loss != "auto":
             raise ConfigurationError(
-                f"`output='loss'`: the sketch was made with `loss={sketch.loss}`, which it cannot keep; pass that callable as `output`."
+                f"`output='loss'`: the sketch was made with `loss={sketch.loss}`, which it cannot keep; pass that "
+                "callable as `output`."
             )
         sketch.check_fits(module)
         self.sketch = sketch
@@ -75,7 +78,8 @@ class DeletionPredictor:
                 coefficients = torch.zeros(self.sketch.degree, self.sketch.num_directions, *baseline.shape, dtype=kind)
             imaginary = block[:, 1] if block.shape[1] == 2 else torch.zeros_like(block[:, 0])
             coefficients[:, torch.as_tensor(shard.indices)] = torch.complex(block[:, 0], imaginary)
-        assert baseline is not None and coefficients is not None, "a sketch has at least one direction"
+        assert baseline is not None, "a sketch has at least one direction"
+        assert coefficients is not None
         return Effect(baseline, coefficients, self.sketch.directions, self.sketch.units)
 
     def _run(self, shard: Shard, primal: dict[str, Tensor], batch: Any, device: torch.device) -> JetTensor:
@@ -85,20 +89,20 @@ class DeletionPredictor:
         for name, value in primal.items():
             block = shard.coefficients.get(name)
             tensors[name] = value if block is None else wrap(value, [block.to(device)], lead)
-        module = self.module
+        module, output = self.module, self.output
         with quiet(module, RandomState.capture(device)), differentiable_kernels():
             module.eval()
-            if self.output == "loss":
+            if isinstance(output, str):
                 result = self._losses(tensors, batch, lead)
             else:
                 with torch.no_grad():
-                    result = call_with_tensors(module, tensors, lambda: self.output(module, batch))  # type: ignore[operator]
+                    result = call_with_tensors(module, tensors, lambda: output(module, batch))
         if not isinstance(result, Tensor):
             raise ConfigurationError(f"`output` must return a tensor but returned {type(result).__name__}.")
         if not result.dtype.is_floating_point:
             raise ConfigurationError(
-                f"`output` must return floating-point values, but returned {result.dtype}, which does not vary smoothly: return "
-                "logits or losses."
+                f"`output` must return floating-point values, but returned {result.dtype}, which does not vary "
+                "smoothly: return logits or losses."
             )
         return result if type(result) is JetTensor else constant(result, lead)
 
@@ -108,14 +112,14 @@ class DeletionPredictor:
         function = weighting.per_example(module)
         if function is not None:
             with torch.no_grad():
-                return call_with_tensors(module, tensors, lambda: function(module, batch))  # type: ignore[no-any-return]
+                return call_with_tensors(module, tensors, lambda: function(module, batch))
         size = batch_size(batch)
         if size is None:
             raise ConfigurationError(
-                "`output='loss'` needs a batch whose tensors share their first dimension (the examples): pass such a batch, or a "
-                "callable(module, batch) -> (B,) losses as `output`."
+                "`output='loss'` needs a batch whose tensors share their first dimension (the examples): pass such a "
+                "batch, or a callable(module, batch) -> (B,) losses as `output`."
             )
-        # The loss is affine in the example weights, so its gradient by them is the examples' shares of it: l_i = B dL/dw_i.
+        # The loss is affine in the example weights: its gradient by them is the examples' shares, l_i = B dL/dw_i.
         floating = next(t for t in tensors.values() if t.dtype.is_floating_point)
         primal = torch.ones(size, dtype=floating.dtype, device=floating.device)
         weights = wrap(primal, [None], lead, requires_grad=True)
@@ -140,4 +144,3 @@ class DeletionPredictor:
             )
         if not bool(jet.primal.isfinite().all()) or not bool(jet.coefficients.isfinite().all()):
             raise ConfigurationError("`output` is not finite on this batch: check the batch and the model.")
-

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_sketch import Sketch, SketchCallback
 
 sys.path.insert(0, str(PROJECT_ROOT / "examples" / "paper"))
-from microgpt import MicroGPT, NamesDataset, collate_names, load_names  # noqa: E402
+from microgpt import MicroGPT, NamesDataset, collate_names, load_names
 
 DEGREE = 3
 
@@ -21,7 +21,7 @@ DEGREE = 3
     ("count", "radius", "early_radius"), [(40, 1.0, 0.3), pytest.param(1000, 4.0, 0.5, marks=pytest.mark.slow)]
 )
 def test_coefficients_to_degree_3_equal_complex_training(count, radius, early_radius, tmp_path):
-    """Oracle: numpy training with hand-written backpropagation at points of a circle, and a discrete Fourier transform."""
+    """Oracle: numpy training with hand-written backpropagation on a circle, and a discrete Fourier transform."""
     names = load_names(names_path(), count)
     generator = np.random.default_rng(5)
     wide = generator.normal(size=count) + 1j * generator.normal(size=count)

@@ -192,7 +192,7 @@ def test_a_loss_given_to_the_sketch_must_be_given_as_output(tmp_path):
     model = Plain()
     trainer.fit(model, DataLoader(data, batch_size=8))
     sketch = Sketch.load(tmp_path)
-    with pytest.raises(ConfigurationError, match="`output='loss'`.*losses"):
+    with pytest.raises(ConfigurationError, match=r"`output='loss'`.*losses"):
         DeletionPredictor(sketch, Plain())
     model.eval()
     with torch.no_grad():
