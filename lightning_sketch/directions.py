@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from lightning_sketch.errors import ConfigurationError
 
+MAX_ENTRIES = 2**30  # of the array of directions, 16 bytes each
 DESIGNS = ("sphere", "orthonormal", "basis", "indicator", "common")
 
 
@@ -148,9 +149,16 @@ def make_directions(
         )
     if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
         raise ConfigurationError(f"`seed` is {seed!r}: give an integer of at least 0.")
-    names = _parse_design(design)
+    names = parse_design(design)
     sets = _check_deletion_sets(deletion_sets, num_units, wanted="indicator" in names)
 
+    recipe = {"design": "+".join(names), "count": count, "seed": int(seed), "deletion_sets": sets}
+    rows = count_directions(recipe, num_units)
+    if rows * num_units > MAX_ENTRIES:
+        raise ConfigurationError(
+            f"`design={design!r}` makes {rows} directions of {num_units} units, more than memory is meant for: group "
+            "examples into fewer units with `units=`, or draw fewer random `directions`."
+        )
     parts: list[np.ndarray] = []
     for name in names:
         if name == "sphere":
@@ -164,7 +172,6 @@ def make_directions(
     if "common" in names:
         common = np.full((1, num_units), 1 / math.sqrt(num_units), dtype=np.complex128)
         parts += [common, *[part + common for part in parts]]
-    recipe = {"design": "+".join(names), "count": count, "seed": int(seed), "deletion_sets": sets}
     return Directions(_read_only(np.concatenate(parts)), recipe)
 
 
@@ -179,6 +186,18 @@ def make_from_recipe(recipe: Mapping[str, Any], num_units: int) -> Directions:
     return make_directions(
         recipe["count"], recipe["design"], num_units, seed=recipe["seed"], deletion_sets=recipe["deletion_sets"]
     )
+
+
+def count_directions(recipe: Mapping[str, Any], num_units: int) -> int:
+    """Return how many directions a recipe makes, without making them.
+
+    Raises:
+        ConfigurationError: the recipe names an unknown design.
+    """
+    names = parse_design(recipe["design"])
+    rows = int(num_units * ("basis" in names) + recipe["count"] * (("sphere" in names) + ("orthonormal" in names)))
+    rows += len(recipe["deletion_sets"] or ()) * ("indicator" in names)
+    return 2 * rows + 1 if "common" in names else rows
 
 
 def first_order_error(num_measurements: int, num_units: int) -> float:
@@ -198,7 +217,12 @@ def first_order_error(num_measurements: int, num_units: int) -> float:
     return math.sqrt(max(0.0, 1 - num_measurements / num_units) * num_units / num_measurements)
 
 
-def _parse_design(design: str) -> list[str]:
+def parse_design(design: str) -> list[str]:
+    """Return the names that a design joins.
+
+    Raises:
+        ConfigurationError: an unknown name, or one that stands twice.
+    """
     names = [name.strip() for name in str(design).split("+")]
     if unknown := [name for name in names if name not in DESIGNS]:
         raise ConfigurationError(f"`design` names {unknown[0]!r}: join any of {', '.join(DESIGNS)} by '+'.")

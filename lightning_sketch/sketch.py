@@ -35,7 +35,7 @@ from lightning_sketch._sketch_format import (
     read_metadata,
 )
 from lightning_sketch._sketch_writer import SketchWriter, writing
-from lightning_sketch.directions import Directions, count_units, make_from_recipe, units_checksum
+from lightning_sketch.directions import Directions, count_directions, count_units, make_from_recipe, units_checksum
 from lightning_sketch.errors import ConfigurationError, SketchError
 
 _PROBE_TOLERANCE = 1e-9
@@ -378,6 +378,16 @@ def write_sketch(
     return Sketch.load(dirpath)
 
 
+def check_writable(dirpath: str | os.PathLike[str]) -> None:
+    """Make the directory and try to write there, so that hours of training do not end at a full or foreign disk.
+
+    Raises:
+        SketchError: the directory can not be written, or another process is writing it.
+    """
+    with writing(dirpath):
+        pass
+
+
 def _check_shard(
     shard: Shard,
     primal: dict[str, Tensor],
@@ -474,13 +484,9 @@ def _count_rows(recipe: dict[str, Any], num_units: int) -> int:
     """Return how many directions a recipe makes, without making them."""
     if "merged" in recipe:
         return sum(_count_rows(part, num_units) for part in recipe["merged"] if "merged" not in part)
-    names = [name.strip() for name in str(recipe["design"]).split("+")]
-    count = int(recipe["count"])
-    if count < 1:
-        raise ValueError(f"`count` is {count}")
-    rows = num_units * names.count("basis") + count * (names.count("sphere") + names.count("orthonormal"))
-    rows += len(recipe["deletion_sets"] or ()) * names.count("indicator")
-    return 2 * rows + 1 if "common" in names else rows
+    if int(recipe["count"]) < 1:
+        raise ValueError(f"`count` is {recipe['count']}")
+    return count_directions(recipe, num_units)
 
 
 def _probe(array: np.ndarray) -> np.ndarray:

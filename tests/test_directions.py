@@ -239,3 +239,9 @@ def test_first_order_error_is_that_of_random_projections(num_measurements):
         slope, x = rng.standard_normal(n), rng.standard_normal(n)
         squares.append((slope @ basis @ basis.T @ x * n / min(num_measurements, n) - slope @ x) ** 2)
     assert np.sqrt(np.mean(squares) / n) == pytest.approx(first_order_error(num_measurements, n), rel=0.15, abs=1e-9)
+
+
+def test_more_directions_than_memory_are_refused_before_they_are_made():
+    """Oracle: the error's words; the array would take 1.6 TB."""
+    with pytest.raises(ConfigurationError, match=r"`design='basis'`.*100000 directions.*`units=`"):
+        make_directions(1, "basis", 100_000)

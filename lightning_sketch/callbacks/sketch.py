@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sketch.callbacks._examples import BatchUnits
-from lightning_sketch.directions import Directions, first_order_error, make_directions
+from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.jets_of_run import RunJets, check_update
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step
@@ -28,7 +28,7 @@ from lightning_sketch.shadow.wrapping import (
     unwrap_training_step,
     wrap_training_step,
 )
-from lightning_sketch.sketch import Shard, write_sketch
+from lightning_sketch.sketch import Shard, check_writable, write_sketch
 
 _PASS_BYTES = 1 << 30  # working memory that "auto" allows one pass
 
@@ -87,6 +87,7 @@ class SketchCallback(pl.Callback):
             _check_count("directions_per_pass", directions_per_pass)
         if isinstance(directions, int):
             _check_count("directions", directions)
+            parse_design(design)
         self.dirpath = os.fspath(dirpath)
         self.directions = directions
         self.degree = degree
@@ -118,6 +119,7 @@ class SketchCallback(pl.Callback):
         """Called before dataloaders are built: refuses what cannot be right, and starts to trace the batches."""
         if stage == "fit":
             check_trainer(trainer, pl_module, "SketchCallback")
+            check_writable(self.dirpath)
             self._units.ids.install(trainer)
 
     @override

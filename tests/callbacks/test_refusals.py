@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_sketch import Reweight, SketchCallback
-from lightning_sketch.errors import ConfigurationError, FidelityError, UnsupportedOperatorError
+from lightning_sketch.errors import ConfigurationError, FidelityError, SketchError, UnsupportedOperatorError
 
 STEPS: list[int] = []
 
@@ -44,6 +44,8 @@ def _no_steps() -> None:
         ({"normalization": "sum"}, "`normalization` must be 'batch' or 'remaining' but is 'sum'"),
         ({"loss": "mse"}, "`loss` must be 'auto' or a callable"),
         ({"ids": 7}, "`ids` must be 'auto', a key of the batch or a callable"),
+        ({"design": "spheres"}, "`design`.*'spheres'"),
+        ({"design": "basis+basis"}, "`design`.*twice"),
     ],
 )
 def test_arguments_are_checked_at_once(argument, message, tmp_path):
@@ -54,8 +56,6 @@ def test_arguments_are_checked_at_once(argument, message, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"design": "spheres"}, "`design`.*'spheres'"),
-        ({"design": "basis+basis"}, "`design`.*twice"),
         ({"design": "indicator"}, "`deletion_sets`"),
         ({"design": "indicator", "deletion_sets": [[99]]}, "`deletion_sets`"),
         ({"directions": np.zeros((2, 5))}, "`directions`.*5"),
@@ -70,6 +70,13 @@ def test_arguments_that_depend_on_the_data_are_checked_before_training(argument,
     directions = argument.pop("directions", 2)
     with pytest.raises(ConfigurationError, match=message):
         fit(Counted, [sketch(tmp_path, directions, **argument)])
+    assert not STEPS
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SketchError, match=r"file/sketch.*`dirpath`"):
+        fit(Counted, [sketch(tmp_path / "file" / "sketch", 2)])
     assert not STEPS
 
 
