@@ -105,6 +105,8 @@ VIEWS = {
     "unsqueeze": lambda x: x.unsqueeze(1),
     "squeeze": lambda x: x[:1].squeeze(),
     "as_strided": lambda x: x.as_strided((2, 3), (12, 2), 1),
+    "as_strided of a view": lambda x: x[1].as_strided((2, 2), (1, 4), 13),
+    "as_strided beyond a view": lambda x: x[1, :1].as_strided((2, 3), (12, 1), 2),
     "chunk": lambda x: x.chunk(2, 2)[1],
     "split": lambda x: x.split([1, 2], 1)[1],
     "unbind": lambda x: x.unbind(1)[2],

@@ -94,7 +94,7 @@ def rrelu_with_noise(
 ) -> JetTensor:
     """``x`` above zero, below it times a slope that the kernel draws into ``noise``."""
     primal = aten.rrelu_with_noise(x.primal, primal_of(noise), lower, upper, training, generator)
-    if type(noise) is JetTensor:
+    if training and type(noise) is JetTensor:
         write_block(noise, None, fresh=True)
     slope = primal_of(noise) if training else (lower + upper) / 2
     return jet(primal, x.coefficients * torch.where(x.primal > 0, 1.0, slope), x.lead)
