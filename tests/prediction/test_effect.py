@@ -1,7 +1,6 @@
 """Effect and Prediction, on outputs that are known polynomials of the deletion weights."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -233,21 +232,3 @@ def test_factors_are_made_once_per_order_and_only_when_asked(monkeypatch):
     effect.delete([1])
     effect.delete_many([[0], [2]])
     assert made == [1, 2, 3]
-
-
-def test_a_thousand_deletions_take_under_half_a_second():
-    """Oracle: the clock, best of five; 101 real directions, degree 3, 100 outputs; first use included."""
-    rng, polynomial = np.random.default_rng(0), Polynomial((100,), n=50)
-    sets = [rng.choice(50, rng.integers(1, 13), replace=False).tolist() for _ in range(1000)]
-
-    def seconds(run):
-        effects = [polynomial.effect("basis+common") for _ in range(5)]
-        times = []
-        for effect in effects:
-            start = time.perf_counter()
-            run(effect)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert seconds(lambda effect: effect.delete_many(sets)) < 0.5
-    assert seconds(lambda effect: [effect.delete(units) for units in sets]) < 1.0
