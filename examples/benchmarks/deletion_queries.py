@@ -1,6 +1,6 @@
 """Time of a deletion query once an output is prepared: 1,000 deletions of 100 outputs, 101 real directions, degree 3.
 
-    python examples/benchmarks/deletion_queries.py
+python examples/benchmarks/deletion_queries.py
 """
 
 import time

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from scipy.linalg import LinAlgError, cholesky, solve_triangular
 from scipy.linalg.lapack import dpstrf
 
@@ -106,12 +107,12 @@ class MeanEstimator:
                 f"`estimator={self._name!r}` has {len(directions)} directions and needs at least "
                 f"{self._min_directions} for a standard error: use 'kernel' or sketch more directions."
             )
-        self._directions = directions
+        self._directions = directions.copy()
         self._real, self._imag = coefficients.real.copy(), coefficients.imag.copy()
 
     def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
         """Return terms ``(degree, m, O)`` and standard errors ``(m, O)`` of the deletions ``x``, ``(m, n)``."""
-        products = x @ self._directions.T
+        products = _matmul(x, self._directions.T)
         terms = np.empty((degree, len(x), self._real.shape[2]))
         stderr = np.empty(terms.shape[1:])
         for row in range(len(x)):  # one deletion at a time: all samples of all deletions would not fit in memory
@@ -195,21 +196,21 @@ class KernelEstimator:
 
     def __init__(self, directions: np.ndarray, coefficients: np.ndarray) -> None:
         self._real = not directions.imag.any()
-        self._directions = np.ascontiguousarray(directions.real) if self._real else directions
+        self._directions = directions.real.copy() if self._real else directions.copy()
         self._sums = self._directions.sum(axis=1)
         self._coefficients = coefficients
         self._orders: dict[int, _Order] = {}
 
     def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
         """Return terms ``(degree, m, O)`` and standard errors ``(m, O)`` of the deletions ``x``, ``(m, n)``."""
-        products, sums, squares = x @ self._directions.T, x.sum(axis=1), np.einsum("mn,mn->m", x, x)
+        products, sums, squares = _matmul(x, self._directions.T), x.sum(axis=1), np.einsum("mn,mn->m", x, x)
         terms = np.empty((degree, len(x), self._coefficients.shape[2]))
         variance = np.zeros(terms.shape[1:])
         for r in range(1, degree + 1):
             order = self._order(r)
             inner = _power(products + order.common * sums[:, None] * self._sums, r)  # (psi . M x)^r
-            z = _measurements(inner.T)[order.rows].T @ order.whitener.T
-            np.matmul(z, order.whitened, out=terms[r - 1])
+            z = _matmul(_measurements(inner.T)[order.rows].T, order.whitener.T)
+            terms[r - 1] = _matmul(z, order.whitened)
             prior = (squares + order.common * sums**2) ** r  # (x . M x)^r
             left = prior - np.einsum("mp,mp->m", z, z)
             left[left < _ROUNDING * prior] = 0
@@ -303,6 +304,12 @@ def _choose_common(directions: np.ndarray, rows: np.ndarray, y: np.ndarray, r: i
         if likelihood > best_likelihood:
             best, best_likelihood = common, likelihood
     return best
+
+
+def _matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Multiply by torch, whose threads wait for each other far less than numpy's where the processor is shared."""
+    product: np.ndarray = (torch.from_numpy(a.astype(b.dtype, copy=False)) @ torch.from_numpy(b)).numpy()
+    return product
 
 
 def _on_complex_sphere(directions: np.ndarray) -> np.ndarray:
