@@ -25,8 +25,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_sketch import DeletionPredictor, Reweight, Sketch, SketchCallback
-from lightning_sketch.optim import StableAdamW
+from lightning_sketch import DeletionPredictor, Reweight, Sketch, SketchCallback, StableAdamW
 from lightning_sketch.plotting import plot_predicted_against_retrained
 
 matplotlib.use("Agg")
@@ -159,7 +158,7 @@ def main() -> None:
         plot_predicted_against_retrained(p.change, retrained[name], p.stderr, ax=panel, label="degree 3")
         first_order = p.by_degree[0] - baseline
         plot_predicted_against_retrained(first_order, retrained[name], ax=panel, label="first order alone")
-        panel.set_title(f"without sources {name}")
+        panel.set_title(f"deleted: {name}")
         panel.set_xlabel("change of test loss after retraining (nats)")
         panel.set_ylabel("predicted change (nats)")
     figure.savefig(out / "predicted_against_retrained.png", dpi=100)

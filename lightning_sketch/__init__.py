@@ -12,6 +12,7 @@ from lightning_sketch.errors import (
     SketchError,
     UnsupportedOperatorError,
 )
+from lightning_sketch.optim import StableAdamW
 from lightning_sketch.prediction import DeletionPredictor
 from lightning_sketch.sketch import Sketch
 
@@ -26,5 +27,6 @@ __all__ = [
     "Sketch",
     "SketchCallback",
     "SketchError",
+    "StableAdamW",
     "UnsupportedOperatorError",
 ]

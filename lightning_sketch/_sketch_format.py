@@ -7,6 +7,7 @@ A sketch is a directory of ``sketch.json`` and safetensors files:
   can be edited unseen. ``format_version`` MUST be read first; a reader refuses a version newer than its own.
 - ``files`` MUST list every data file with its size and SHA-256. Names end in an id drawn for each writing, so that a
   new sketch never overwrites the files of the one it replaces. The directory MAY hold other files; they are ignored.
+- ``modules`` names the type of every submodule but metrics, since parameters alone do not tell Tanh from ReLU.
 - ``primal-*`` holds every tensor of the user's own run once. ``coefficients-*`` hold the shards, name ->
   ``(R, P, k, *S)``: orders 1 to R, ``P`` = 2 (re, im) or 1 (real directions only), and the ``k`` directions whose rows
   ``coefficients.shards[].directions`` lists. A tensor that does not change with the data is absent there.
@@ -98,6 +99,7 @@ _SCHEMA: dict[str, Any] = {
     "normalization": _is_text,
     "optimizer": _is_text,
     "loss": _is_text,
+    "modules": (_is_text,),
     "units": {"checksum": _is_digest, "file": lambda value: value is None or _is_file(value)},
     "directions": {
         "recipe": lambda value: isinstance(value, dict),
@@ -226,7 +228,7 @@ def _open_regular(path: Path) -> Iterator[BufferedReader]:
     try:
         descriptor = os.open(path, flags)
     except FileNotFoundError as error:
-        raise damaged(path, "is missing") from error
+        raise (missing(path) if path.name == JSON_NAME else damaged(path, "is missing")) from error
     except (OSError, ValueError) as error:
         raise damaged(path, f"is not a regular file that can be opened ({error})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -248,6 +250,12 @@ def open_data(path: Path, entry: dict[str, Any]) -> Iterator[BufferedReader]:
 def check_digest(path: Path, entry: dict[str, Any], digest: str) -> None:
     if digest != entry["sha256"]:
         raise damaged(path, "was altered: its SHA-256 is not the one that was recorded")
+
+
+def missing(path: Path) -> SketchError:
+    return SketchError(
+        f"`{path}` is missing, so there is no sketch: give the `dirpath` of a SketchCallback whose training has ended."
+    )
 
 
 def damaged(path: Path, what: str) -> SketchError:

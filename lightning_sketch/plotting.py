@@ -86,6 +86,7 @@ def plot_predicted_against_retrained(
         color=("0.1", "0.45", "0.3")[series % 3],
         ecolor="0.65",
         label=label,
+        zorder=10 - series,  # the first series on top
     )
     ax.set_xlabel("change after retraining")
     ax.set_ylabel("predicted change")

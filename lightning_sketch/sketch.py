@@ -40,7 +40,7 @@ from lightning_sketch.errors import ConfigurationError, SketchError
 
 _PROBE_TOLERANCE = 1e-9
 # What two sketches must share to be parts of one: all but the directions.
-_SAME_RUN = ("degree", "dtype", "num_examples", "num_units", "steps", "normalization", "optimizer", "loss")
+_SAME_RUN = ("degree", "dtype", "num_examples", "num_units", "steps", "normalization", "optimizer", "loss", "modules")
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,11 @@ class Sketch:
             yield Shard(np.array(entry["directions"], dtype=np.int64), self._read(entry["file"]))
 
     def check_fits(self, module: torch.nn.Module) -> None:
-        """Check that ``module`` has the tensors of the sketched model.
+        """Check that ``module`` has the tensors and the submodules of the sketched model.
 
         Raises:
-            SketchError: a parameter or persistent buffer is missing on either side, or has another shape.
+            SketchError: a parameter, persistent buffer or submodule is missing on either side, or is of another shape
+                or type.
         """
         saved = {name: tuple(entry["shape"]) for name, entry in self.metadata["primal"]["tensors"].items()}
         kept = module.state_dict().keys()
@@ -165,12 +166,18 @@ class Sketch:
         # A sketch may also name a tied tensor twice, or hold buffers that are not persistent.
         known = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(remove_duplicate=False)}
         known |= {name: tuple(tensor.shape) for name, tensor in module.named_buffers(remove_duplicate=False)}
+        types, trained = module_types(module), self.metadata["modules"]
         faults = [f"`{name}` is missing from the sketch" for name in required if name not in saved]
         faults += [f"`{name}` is missing from the module" for name in saved if name not in known]
         faults += [
             f"`{name}` has shape {shape} in the sketch and {known[name]} in the module"
             for name, shape in saved.items()
             if name in known and known[name] != shape
+        ]
+        faults += [
+            f"`{name}` is {trained.get(name, 'missing')} in the sketch and {types.get(name, 'missing')} in the module"
+            for name in sorted(types.keys() | trained.keys())
+            if types.get(name) != trained.get(name)
         ]
         if faults:
             shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
@@ -294,6 +301,7 @@ def write_sketch(
     steps: int,
     optimizer: str,
     loss: str,
+    modules: dict[str, str],
 ) -> Sketch:
     """Write a sketch; a sketch that was in ``dirpath`` stays readable until the new one is complete, then goes.
 
@@ -309,6 +317,7 @@ def write_sketch(
         steps: optimizer steps done.
         optimizer: the optimizer, in words.
         loss: the loss, in words.
+        modules: :func:`module_types` of the model.
 
     Returns:
         The sketch, loaded from what was written.
@@ -363,6 +372,7 @@ def write_sketch(
                 "normalization": normalization,
                 "optimizer": optimizer,
                 "loss": loss,
+                "modules": modules,
                 "units": {"checksum": units_checksum(units), "file": units_file},
                 "directions": recorded_directions,
                 "primal": {
@@ -376,6 +386,15 @@ def write_sketch(
             }
         )
     return Sketch.load(dirpath)
+
+
+def module_types(module: torch.nn.Module) -> dict[str, str]:
+    """Return the type of every submodule by name, but for metrics, which may come and go."""
+    return {
+        name: type(m).__name__
+        for name, m in module.named_modules()
+        if name and not any(c.__module__.startswith("torchmetrics.") for c in type(m).__mro__)
+    }
 
 
 def check_writable(dirpath: str | os.PathLike[str]) -> None:

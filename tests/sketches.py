@@ -51,6 +51,7 @@ def write(dirpath: Path, *, design: Any = 3, names: str = "basis+sphere", seed: 
         "steps": 12,
         "optimizer": "SGD",
         "loss": "auto",
+        "modules": {"layer": "Linear"},
     }
     return write_sketch(dirpath, **{**arguments, **changes})
 

@@ -463,5 +463,5 @@ def test_check_fits_refuses_another_model(tmp_path: Path) -> None:
     more.register_buffer("extra", torch.ones(1))
     with pytest.raises(SketchError, match="`extra` is missing from the sketch"):
         sketch.check_fits(more)
-    with pytest.raises(SketchError, match="and 7 more"):
+    with pytest.raises(SketchError, match="and 10 more"):
         sketch.check_fits(torch.nn.Sequential(Net()))

@@ -45,6 +45,8 @@ class Reweight(pl.Callback):
         ids: Callable[[Any], Any] | str = "auto",
         normalization: Normalization = "batch",
     ) -> None:
+        if not hasattr(delete, "__len__"):
+            raise ConfigurationError(f"`delete` must be a list of units but is {delete!r}.")
         if weights is not None and len(delete):
             raise ConfigurationError("`delete` and `weights` exclude each other: give one of them.")
         self.delete = list(delete)

@@ -25,10 +25,12 @@ from lightning_sketch.shadow.wrapping import (
     check_optimizers,
     check_start,
     check_trainer,
+    piecewise_linear,
+    refuse_averaging,
     unwrap_training_step,
     wrap_training_step,
 )
-from lightning_sketch.sketch import Shard, check_writable, write_sketch
+from lightning_sketch.sketch import Shard, check_writable, module_types, write_sketch
 
 _PASS_BYTES = 1 << 30  # working memory that "auto" allows one pass
 
@@ -119,6 +121,7 @@ class SketchCallback(pl.Callback):
         """Called before dataloaders are built: refuses what cannot be right, and starts to trace the batches."""
         if stage == "fit":
             check_trainer(trainer, pl_module, "SketchCallback")
+            refuse_averaging(trainer, "SketchCallback")
             check_writable(self.dirpath)
             self._units.ids.install(trainer)
 
@@ -166,10 +169,17 @@ class SketchCallback(pl.Callback):
         error = first_order_error(measurements, n)
         rank_zero_info(
             f"SketchCallback: {n} units, {self._drawn.num_directions} directions ({real} real, {complex_} complex), "
-            f"degree {degree}; {_bytes(state)} of state; a step costs about {cost:.0f} plain steps; expected relative "
-            f"error of a first-order prediction for a random set of units: {error:.2f}."
+            f"degree {degree}; {_bytes(state)} of state; a step costs up to {cost:.0f} plain steps; expected relative "
+            f"sampling error of a first-order prediction for a random set of units: {error:.2f}."
         )
-        if error > 0.5:
+        kinks = piecewise_linear(module)
+        if kinks:
+            rank_zero_warn(
+                f"SketchCallback: {kinks[0]} is piecewise linear: derivatives are exact, but a deletion crosses "
+                "kinks that no derivative sees, so predictions may be far off. Use a smooth activation (GELU, SiLU, Tanh) and "
+                "average pooling where predictions matter."
+            )
+        if error > 0.5 and "indicator" not in self._drawn.recipe["design"]:
             rank_zero_warn(
                 f"SketchCallback: {measurements} measurements for {n} units predict a random deletion to a relative "
                 f"error of about {error:.2f}. Group examples into fewer units with `units=`, measure more directions, "
@@ -270,8 +280,18 @@ class SketchCallback(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called at the regular end of training: writes the sketch."""
-        if self._steps and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._write(pl_module, trainer.optimizers[0])
+        if not self._steps or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(f"SketchCallback: no sketch was written to `{self.dirpath}`, since this was no training.")
+            return
+        self._write(pl_module, trainer.optimizers[0])
+        growth = max(block.growth() for block in self._blocks)
+        if growth > 1:
+            rank_zero_warn(
+                f"SketchCallback: the Taylor terms of the parameters grow with the order (the last is {growth:.2g} "
+                "times the first along a typical direction), so predictions of a whole unit are not to be trusted. "
+                "Usual cures: a smaller learning rate, StableAdamW with eps=1e-3 instead of Adam, smooth activations, "
+                "smaller units, float64."
+            )
 
     def _write(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
         assert self._drawn is not None
@@ -293,6 +313,7 @@ class SketchCallback(pl.Callback):
             steps=self._steps,
             optimizer=type(optimizer).__qualname__,
             loss=self.weighting.name,
+            modules=module_types(module),
         )
 
     @override

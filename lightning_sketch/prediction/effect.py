@@ -67,9 +67,11 @@ class Prediction:
             return f"Prediction(shape={tuple(self.change.shape)})"
         change, stderr, truncation = (float(t.double().mean()) for t in (self.change, self.stderr, self.truncation))
         mean = "mean " if self.change.numel() > 1 else ""
+        large = self.truncation.double().norm() > 0.5 * self.change.double().norm()
+        doubt = "; too large a deletion for this degree, better retrain" if large and len(self.by_degree) > 1 else ""
         return (
             f"Prediction(shape={tuple(self.change.shape)}, {mean}change={change:.4g} +- {stderr:.2g}, "
-            f"truncation={truncation:.2g})"
+            f"truncation={truncation:.2g}{doubt})"
         )
 
 

@@ -38,6 +38,8 @@ class DeletionPredictor:
     """
 
     def __init__(self, sketch: Sketch, module: nn.Module, output: str | Output = "loss") -> None:
+        if not isinstance(sketch, Sketch):
+            raise ConfigurationError(f"`sketch` must be a Sketch but is {type(sketch).__name__}: use `Sketch.load`.")
         if output != "loss" and not callable(output):
             raise ConfigurationError(
                 f"`output` must be 'loss' or a callable(module, batch) -> tensor but is {output!r}."

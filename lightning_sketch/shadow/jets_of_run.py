@@ -138,9 +138,15 @@ class RunJets:
         if isinstance(total, Tensor) and not bool(total.isfinite()):
             raise FidelityError(
                 f"The Taylor coefficients of the parameters are not finite after optimizer step {step}: the run is not "
-                "stable at this degree; use `StableAdamW` (eps inside the root) or SGD, a lower `degree`, or a "
-                "smaller learning rate."
+                "stable at this degree. Usual cures: a smaller learning rate, a lower `degree`, float64, smooth "
+                "activations, and `StableAdamW` (eps inside the root) instead of Adam."
             )
+
+    def growth(self) -> float:
+        """Norm of the parameters' coefficients of the last order over that of the first, the median over directions."""
+        squares = [b.double().square().sum([1, *range(3, b.ndim)]) for b in self.params.values() if b is not None]
+        norms = torch.stack(squares).sum(0).sqrt()  # (R, k)
+        return float((norms[-1] / norms[0]).nan_to_num(0.0).median()) if self.lead[0] > 1 else 0.0
 
     def coefficients(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the coefficients of every parameter and buffer that varies, by name, ``(R, P, k, *S)``."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sketch.errors import ConfigurationError, UnsupportedOperatorError
@@ -91,6 +92,36 @@ class _RefuseNumbers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NormOfNorms(TorchFunctionMode):
+    """Within, the norm of a stack of norms is the root of one sum of squares.
+
+    A gradient that is zero but for rounding (a bias before a batch norm) has a norm whose series is noise over noise;
+    its square, which the total is made of, is as small as it should be.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squares: dict[int, tuple[Tensor, Tensor]] = {}  # id of a norm -> (the norm, kept alive; its square)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (
+            func is torch.linalg.vector_norm
+            and (args[1:] or (kwargs.get("ord", 2),)) == (2,)
+            and set(kwargs) <= {"ord"}
+        ):
+            known = self.squares.get(id(args[0]))
+            square = args[0].square().sum() if known is None else known[1].sum()
+            return self._remember(square.sqrt(), square)
+        if func is torch.stack and len(args) == 1 and all(id(x) in self.squares for x in args[0]):
+            return self._remember(func(*args, **kwargs), torch.stack([self.squares[id(x)][1] for x in args[0]]))
+        return func(*args, **kwargs)
+
+    def _remember(self, norm: Tensor, square: Tensor) -> Tensor:
+        self.squares[id(norm)] = (norm, square)
+        return norm
+
+
 def step(
     snapshot: OptimizerSnapshot,
     params: dict[str, JetTensor],
@@ -127,7 +158,8 @@ def step(
         if snapshot.state[name]:
             twin.state[jet] = {k: _state_jet(name, k, v, jet, blocks, lead) for k, v in snapshot.state[name].items()}
     with torch.no_grad(), _RefuseNumbers():
-        clip(twin)
+        with _NormOfNorms():
+            clip(twin)
         _plain_step(twin)
     _refuse_hidden_state(twin)
     after: StateBlocks = {}

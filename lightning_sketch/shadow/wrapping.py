@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_sketch.errors import ConfigurationError
@@ -27,8 +29,8 @@ def wrap_training_step(module: Any, around: Callable[[Callable[..., Any], tuple[
     original: Callable[..., Any] = module.training_step
     if hasattr(original, _MARK):
         raise ConfigurationError(
-            "`callbacks` has more than one that takes the place of `training_step` (SketchCallback, Reweight): give "
-            "each a Trainer of its own."
+            "`callbacks` holds more than one SketchCallback or Reweight, which all take the place of `training_step`: "
+            "give each a Trainer of its own."
         )
 
     @functools.wraps(original)
@@ -65,6 +67,37 @@ def check_trainer(trainer: Any, module: Any, who: str) -> None:
         problems.append("`training_step(dataloader_iter)` (take `batch` instead)")
     if problems:
         raise ConfigurationError(f"{who} does not support: {'; '.join(problems)}.")
+
+
+def refuse_averaging(trainer: Any, who: str) -> None:
+    """Refuse callbacks that put averaged parameters in the place of the trained ones.
+
+    Raises:
+        ConfigurationError: naming them.
+    """
+    averaging = [c for c in trainer.callbacks if isinstance(c, (StochasticWeightAveraging, WeightAveraging))]
+    if averaging:
+        raise ConfigurationError(
+            f"{who} follows the trained parameters and does not support {type(averaging[0]).__name__}, which replaces "
+            "them by averages: remove it from `callbacks`."
+        )
+
+
+_PIECEWISE = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+)  # fmt: skip
+
+
+def piecewise_linear(module: nn.Module) -> list[str]:
+    """Name the submodules that have kinks, such as ``net.1 (ReLU)``; an encoder layer's activation is a function."""
+    found = [f"`{name}` ({type(m).__name__})" for name, m in module.named_modules() if isinstance(m, _PIECEWISE)]
+    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    return found + [
+        f"`{name}` ({type(m).__name__} with its default ReLU)"
+        for name, m in module.named_modules()
+        if isinstance(m, layers) and m.activation is nn.functional.relu
+    ]
 
 
 def check_start(trainer: Any, who: str) -> None:

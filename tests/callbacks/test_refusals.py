@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Classifier, data, fit, loader, sketch
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_sketch import Reweight, SketchCallback
+from lightning_sketch import Reweight, Sketch, SketchCallback
 from lightning_sketch.errors import ConfigurationError, FidelityError, SketchError, UnsupportedOperatorError
 
 STEPS: list[int] = []
@@ -292,3 +293,39 @@ def test_what_cannot_be_reweighted(argument, message):
 def test_delete_and_weights_exclude_each_other():
     with pytest.raises(ConfigurationError, match=r"`delete` and `weights` exclude each other"):
         Reweight(delete=[0], weights=[1.0])
+
+
+@pytest.mark.parametrize("averaging", [StochasticWeightAveraging(1e-2), EMAWeightAveraging()])
+def test_averaged_parameters_are_refused(averaging, tmp_path):
+    with pytest.raises(ConfigurationError, match=type(averaging).__name__):
+        fit(Counted, [averaging, sketch(tmp_path, 2)])
+    assert not STEPS
+
+
+def test_a_list_of_units_is_asked_for():
+    with pytest.raises(ConfigurationError, match="`delete` must be a list of units but is 3"):
+        Reweight(delete=3)
+
+
+def test_what_kinks_cost_is_said_before_training(tmp_path):
+    net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match=r"`net\.1` \(ReLU\) is piecewise linear"):
+        fit(lambda: Classifier(net), [sketch(tmp_path, 2)])
+
+
+class Wild(Classifier):
+    """Trains at a rate at which every order is larger than the one before."""
+
+    lr = 30.0
+
+
+def test_terms_that_grow_with_the_order_are_reported(tmp_path):
+    with pytest.warns(UserWarning, match="Taylor terms of the parameters grow with the order"):
+        fit(Wild, [sketch(tmp_path, 2, degree=3, design="basis")])
+
+
+def test_a_run_without_a_sketch_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="no sketch was written"):
+        fit(Classifier, [sketch(tmp_path, 2)], fast_dev_run=True)
+    with pytest.raises(SketchError, match="there is no sketch"):
+        Sketch.load(tmp_path)

@@ -132,9 +132,14 @@ def test_a_lower_degree_is_the_head_of_the_series():
 
 def test_repr_is_short_and_human():
     """Oracle: the sentence itself."""
-    coefficients = torch.tensor([[[2.0, 2.0]], [[1.0, 3.0]]], dtype=torch.complex128)
+    coefficients = torch.tensor([[[2.0, 4.0]], [[1.0, 1.0]]], dtype=torch.complex128)
     effect = Effect(torch.zeros(2), coefficients, np.eye(1), np.zeros(1, dtype=int))
-    assert repr(effect.delete([0])) == "Prediction(shape=(2,), mean change=4 +- 0, truncation=2)"
+    assert repr(effect.delete([0])) == "Prediction(shape=(2,), mean change=4 +- 0, truncation=1)"
+    doubtful = repr(effect.delete(weights=[4.0]))
+    assert doubtful == (
+        "Prediction(shape=(2,), mean change=28 +- 0, truncation=16; "
+        "too large a deletion for this degree, better retrain)"
+    )
 
 
 @pytest.mark.parametrize(

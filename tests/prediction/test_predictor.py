@@ -151,6 +151,20 @@ def test_a_sketch_of_another_model_is_refused(run):
         DeletionPredictor(run[0], Net(width=7))
 
 
+def test_a_sketch_of_the_same_shapes_but_other_functions_is_refused(run):
+    """Oracle: the error's words."""
+    module = Net()
+    module.net[2] = nn.Tanh()
+    with pytest.raises(SketchError, match=r"another model.*`net\.2` is GELU in the sketch and Tanh in the module"):
+        DeletionPredictor(run[0], module)
+
+
+def test_a_path_is_not_a_sketch(run):
+    """Oracle: the error's words."""
+    with pytest.raises(ConfigurationError, match=r"`sketch`.*PosixPath.*Sketch.load"):
+        DeletionPredictor(run[0].dirpath, Net())
+
+
 @pytest.mark.parametrize(
     ("output", "match"),
     [

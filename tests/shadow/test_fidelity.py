@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Classifier, assert_first_order, fit, loader, sketch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_sketch import Sketch
+from lightning_sketch import Sketch, SketchCallback
 from lightning_sketch.errors import ConfigurationError, FidelityError, UnsupportedOperatorError
 
 
@@ -255,3 +255,36 @@ def test_complex_directions_and_several_passes(tmp_path):
         shards = sorted(Sketch.load(tmp_path / name / "sketch").shards(), key=lambda s: s.indices[0])
         parts.append(torch.cat([s.coefficients["net.0.weight"] for s in shards], dim=2))
     torch.testing.assert_close(*parts)
+
+
+class NormalisedNet(Classifier):
+    """The bias before the batch norm has a gradient that is zero but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 3)))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x.to(self.dtype)), y)
+
+
+def test_clipping_by_norm_is_not_blown_up_by_gradients_that_are_rounding(tmp_path):
+    """Oracle: the same run without that bias' rounding, in float64 without the bias, and finite differences there."""
+
+    class WithoutBias(NormalisedNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[0].bias.requires_grad_(False)
+
+    coefficients = {}
+    for name, make, precision in (
+        ("single", NormalisedNet, "32-true"),
+        ("without bias", WithoutBias, "64-true"),
+    ):
+        callback = SketchCallback(tmp_path / name, degree=3, design="basis", units=[i % 3 for i in range(12)])
+        fit(make, [callback], precision=precision, gradient_clip_val=0.1)
+        (shard,) = Sketch.load(tmp_path / name).shards()
+        coefficients[name] = shard.coefficients["net.3.weight"].double()
+    expected = coefficients["without bias"].flatten(1).norm(dim=1)
+    error = (coefficients["single"] - coefficients["without bias"]).flatten(1).norm(dim=1)
+    assert (error < 1e-3 * expected).all()

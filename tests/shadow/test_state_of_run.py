@@ -408,5 +408,5 @@ def test_a_run_on_batches_of_one(tmp_path):
 
 def test_two_callbacks_that_take_the_place_of_the_step_are_refused(tmp_path):
     callbacks: list[pl.Callback] = [sketch(tmp_path), sketch(tmp_path / "other")]
-    with pytest.raises(ConfigurationError, match="`callbacks` has more than one"):
+    with pytest.raises(ConfigurationError, match="`callbacks` holds more than one"):
         fit(Classifier, callbacks)

@@ -205,3 +205,28 @@ def test_the_fraction_is_announced(tmp_path, caplog):
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         fit(Regularised, [sketch(tmp_path)], epochs=1)
     assert "of the first batch's loss belongs to no example" in caplog.text
+
+
+def padded(weight: Tensor | None = None) -> Classifier:
+    """A language-model loss: the mean over all tokens but padding."""
+
+    def step(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        logits = m.net(F.one_hot(x, FEATURES).to(m.net[0].weight.dtype))
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), weight=weight, ignore_index=-100)
+
+    return stepping(step)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)])
+def test_a_mean_over_unpadded_tokens_belongs_to_examples(weight):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, FEATURES, (4, 6), generator=generator)
+    labels = torch.randint(0, 3, (4, 6), generator=generator)
+    for row, length in enumerate((3, 6, 4, 5)):
+        labels[row, length:] = -100
+    assert verify(padded(weight), (tokens, labels)) < 1e-12
+
+
+def test_class_weights_belong_to_examples():
+    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    assert verify(stepping(lambda m, x, y: F.cross_entropy(m.net(x), y, weight=weight))) < 1e-12
