@@ -176,8 +176,15 @@ class SketchCallback(pl.Callback):
         if kinks:
             rank_zero_warn(
                 f"SketchCallback: {kinks[0]} is piecewise linear: derivatives are exact, but a deletion crosses "
-                "kinks that no derivative sees, so predictions may be far off. Use a smooth activation (GELU, SiLU, Tanh) and "
-                "average pooling where predictions matter."
+                "kinks that no derivative sees, so predictions may be far off. Use a smooth activation (GELU, SiLU, Tanh) "
+                "and average pooling where predictions matter."
+            )
+        random_only = set(self._drawn.recipe["design"].split("+")) <= {"sphere", "orthonormal"}
+        if degree > 1 and random_only and measurements < n * (n + 1) // 2:
+            rank_zero_warn(
+                f"SketchCallback: random directions measure {measurements} of the {n * (n + 1) // 2} dimensions of the "
+                "second order, so orders above 1 of a single deletion, and their error bars, are rough. Use "
+                "design='basis+common' or 'indicator' where interactions matter, or degree=1."
             )
         if error > 0.5 and "indicator" not in self._drawn.recipe["design"]:
             rank_zero_warn(
