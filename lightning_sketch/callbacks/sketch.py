@@ -176,8 +176,8 @@ class SketchCallback(pl.Callback):
         if kinks:
             rank_zero_warn(
                 f"SketchCallback: {kinks[0]} is piecewise linear: derivatives are exact, but a deletion crosses "
-                "kinks that no derivative sees, so predictions may be far off. Use a smooth activation (GELU, SiLU, Tanh) "
-                "and average pooling where predictions matter."
+                "kinks that no derivative sees, so predictions may be far off. Use a smooth activation (GELU, SiLU, "
+                "Tanh) and average pooling where predictions matter."
             )
         random_only = set(self._drawn.recipe["design"].split("+")) <= {"sphere", "orthonormal"}
         if degree > 1 and random_only and measurements < n * (n + 1) // 2:
