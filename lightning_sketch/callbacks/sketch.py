@@ -17,6 +17,7 @@ from lightning_sketch.callbacks._examples import BatchUnits
 from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.jets_of_run import RunJets, check_update
+from lightning_sketch.shadow.planning import StepSize, check_memory, directions_per_pass, measure_step
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step
 from lightning_sketch.shadow.update import OptimizerSnapshot, count_state_tensors
 from lightning_sketch.shadow.verification import verify_weighting
@@ -31,8 +32,6 @@ from lightning_sketch.shadow.wrapping import (
     wrap_training_step,
 )
 from lightning_sketch.sketch import Shard, check_writable, module_types, write_sketch
-
-_PASS_BYTES = 1 << 30  # working memory that "auto" allows one pass
 
 
 class SketchCallback(pl.Callback):
@@ -56,7 +55,8 @@ class SketchCallback(pl.Callback):
         ids: ``"auto"`` (the batch sampler is traced), a key of the batch, or ``callable(batch) -> (B,)`` rows of the
             dataset.
         normalization: ``"batch"`` divides a batch's weighted losses by its size, ``"remaining"`` by the sum of weights.
-        directions_per_pass: how many directions one re-run of the step carries; ``"auto"`` keeps a pass within 1 GiB.
+        directions_per_pass: how many directions one re-run of the step carries; ``"auto"`` measures the first step and
+            keeps a pass in the allocator's cache (CPU) or in half of the free memory (GPU).
         seed: of the random directions; two sketches of the same run with different seeds can be merged.
         every_n_train_steps: also write the sketch after every so many optimizer steps.
 
@@ -113,6 +113,7 @@ class SketchCallback(pl.Callback):
         self._snapshot: OptimizerSnapshot | None = None
         self._tracked = TrackedTensors()
         self._verified = False
+        self._state_tensors = 0
         self._depth = 0
         self._steps = 0  # optimizer steps whose jets are carried
 
@@ -134,7 +135,6 @@ class SketchCallback(pl.Callback):
         self._names = {p: name for name, p in pl_module.named_parameters()}
         n = self._units.num_units
         self._drawn = make_directions(self.directions, self.design, n, seed=self.seed, deletion_sets=self.deletion_sets)
-        self._blocks = list(self._make_blocks(self._drawn, pl_module))
         self._announce(pl_module, optimizer)
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._enter_step()),
@@ -144,18 +144,20 @@ class SketchCallback(pl.Callback):
             pl_module, lambda step, args: self._recorded(trainer, pl_module, step, args)
         )
 
-    def _make_blocks(self, drawn: Directions, module: pl.LightningModule) -> Iterator[RunJets]:
-        """Directions of one kind each, so that real ones cost half."""
-        first = next(p for p in module.parameters() if p.requires_grad)
-        trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-        for real in (True, False):
-            rows = np.flatnonzero(drawn.real == real)
+    def _make_blocks(self, step: StepSize, module: pl.LightningModule) -> Iterator[RunJets]:
+        """Directions of one kind each, so that real ones cost half, as many as one pass carries."""
+        assert self._drawn is not None
+        dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
+        kinds = [(parts, np.flatnonzero(self._drawn.real == (parts == 1))) for parts in (1, 2)]
+        real, complex_ = (len(rows) for _, rows in kinds)
+        for parts, rows in kinds:
             size = self.directions_per_pass
-            if size == "auto":  # about eight blocks the size of the parameters are alive in a pass
-                size = max(1, _PASS_BYTES // (8 * trained * self.degree * (1 if real else 2)))
+            if size == "auto":
+                size = directions_per_pass(step, parts, self.degree, module.device)
+            check_memory(step, real, complex_, int(size), self.degree, module.device)
             for start in range(0, len(rows), int(size)):
                 indices = rows[start : start + int(size)]
-                yield RunJets(indices, drawn.array[indices], self.degree, first.dtype, module.device)
+                yield RunJets(indices, self._drawn.array[indices], self.degree, dtype, module.device)
 
     def _announce(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
         assert self._drawn is not None
@@ -164,7 +166,8 @@ class SketchCallback(pl.Callback):
         complex_ = self._drawn.num_directions - real
         measurements = real + 2 * complex_
         per_order = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-        state = (1 + count_state_tensors(optimizer)) * per_order * measurements * degree
+        self._state_tensors = count_state_tensors(optimizer)
+        state = (1 + self._state_tensors) * per_order * measurements * degree
         cost = real * (2 * degree + degree * (degree - 1) / 2) + complex_ * (4 * degree + 2 * degree * (degree - 1))
         error = first_order_error(measurements, n)
         rank_zero_info(
@@ -237,6 +240,8 @@ class SketchCallback(pl.Callback):
         assert self._original is not None
         params = dict(module.named_parameters())
         fraction = verify_weighting(module, self._original, self.weighting, record, params)
+        step = measure_step(module, self._original, self.weighting, record, params, self._state_tensors)
+        self._blocks = list(self._make_blocks(step, module))
         if fraction > 1e-6:
             rank_zero_info(
                 f"SketchCallback: {100 * fraction:.2g} % of the first batch's loss belongs to no example "
