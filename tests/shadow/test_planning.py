@@ -54,7 +54,7 @@ def test_a_run_that_cannot_fit_is_refused_before_its_first_step(tmp_path, monkey
     torch.manual_seed(1)
     module = Classifier()
     before = [p.clone() for p in module.parameters()]
-    with pytest.raises(ConfigurationError, match="`directions`.*GiB are free"):
+    with pytest.raises(ConfigurationError, match=r"`directions`.*GiB are free"):
         fit(lambda: module, [sketch(tmp_path, 2)], loader())
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(module.parameters(), before, strict=True))
 
