@@ -6,6 +6,7 @@ A rule takes the operator's own arguments. Operators without side effects reach 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, TypeVar
@@ -24,6 +25,15 @@ F = TypeVar("F", bound=Rule)
 
 _REGISTERED: dict[OpOverload, Rule] = {}
 _RESOLVED: dict[OpOverload, Rule] = {}
+
+# Which entries of the operator's result are on a kink along which they move, given its arguments.
+Kinks = Callable[..., Tensor]
+_KINKS: dict[OpOverload, Kinks] = {}
+# Looking costs a host synchronisation on a GPU: only the first calls are looked at.
+LOOKS = 32
+_LOOKS_LEFT: dict[OpOverload, int] = {}
+# Inside a decomposition, such as that of `logsumexp`, kinks cancel.
+_decomposing = False
 
 
 def jet_rule(*operators: OpOverload) -> Callable[[F], F]:
@@ -68,6 +78,46 @@ def jet_rule(*operators: OpOverload) -> Callable[[F], F]:
     return register
 
 
+def kinks_of(*operators: OpOverload) -> Callable[[F], F]:
+    """Register a function that says where an operator has no Taylor series, for the warning."""
+
+    def register(function: F) -> F:
+        for op in operators:
+            _KINKS[op] = function
+        return function
+
+    return register
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured, where nothing may be read back."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _watched(op: OpOverload, rule: Rule) -> Rule:
+    """Look for kinks in the first calls, and say once what was found."""
+    kinks = _KINKS.get(op)
+    if kinks is None:
+        return rule
+    _LOOKS_LEFT.setdefault(op, LOOKS)
+
+    def watched_rule(*args: Any, **kwargs: Any) -> Any:
+        if _LOOKS_LEFT[op] and not _decomposing and not _capturing():
+            _LOOKS_LEFT[op] -= 1
+            found = kinks(*args, **kwargs)
+            share = int(found.sum()) / max(found.numel(), 1)
+            if share > 0.01:
+                _LOOKS_LEFT[op] = 0
+                warnings.warn(
+                    f"`{op}` (in {calling_module()}) is exactly on a kink in {share:.0%} of its entries: it has no "
+                    "Taylor series there, so the coefficients follow the branch that autograd takes.",
+                    stacklevel=2,
+                )
+        return rule(*args, **kwargs)
+
+    return watched_rule
+
+
 def registered_operators() -> frozenset[OpOverload]:
     """Return every operator that has a rule of its own."""
     return frozenset(_REGISTERED)
@@ -106,6 +156,7 @@ def _resolve(op: OpOverload) -> Rule:
 
 def _skip_constants(op: OpOverload, rule: Rule) -> Rule:
     """Where no argument varies, run the operator itself: dropout masks and factories cost nothing."""
+    rule = _watched(op, rule)
 
     def pure_rule(*args: Any, **kwargs: Any) -> Any:
         if varies((*args, *kwargs.values())):
@@ -120,10 +171,14 @@ def _decomposed(op: OpOverload) -> Rule:
     decomposition = decomposition_table[op]
 
     def decomposed_rule(*args: Any, **kwargs: Any) -> Any:
+        global _decomposing
+        outer, _decomposing = _decomposing, True
         try:
             return decomposition(*args, **kwargs)
         except UnsupportedOperatorError as error:
             raise missing_rule(op) from error
+        finally:
+            _decomposing = outer
 
     return decomposed_rule
 

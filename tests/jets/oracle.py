@@ -9,6 +9,7 @@ code is shared with the library.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from lightning_sketch.jets import JetTensor
 
 # radius and number of points: many where the function is smooth, few against rounding where a kink is near
-FITS = ((0.3, 11), (0.1, 11), (0.03, 11), (8e-3, 11), (2e-3, 11), (2e-3, 7), (3e-4, 11), (3e-4, 7))
+FITS = ((0.3, 11), (0.1, 11), (0.03, 11), (8e-3, 11), (2e-3, 11), (2e-3, 7), (3e-4, 11), (3e-4, 7), (3e-6, 5))
 
 # from ordinary tensors or JetTensors to tensors of the same kind
 Function = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -47,6 +48,7 @@ def make_curve(point: Tensor, degree: int, parts: int, directions: int, generato
     return Curve(point, torch.randn(shape, generator=generator, dtype=torch.float64).to(point.dtype))
 
 
+@functools.cache
 def _weights(order: int, radius: float, count: int, keep: int) -> Tensor:
     """``(order + 1, count)``: values at the points to Taylor coefficients, from the first ``keep`` polynomials."""
     points = chebyshev.chebpts1(count)

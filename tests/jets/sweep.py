@@ -82,7 +82,18 @@ def judge_operator(info: Any, degree: int, count: int = 4) -> Verdict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         samples = list(itertools.islice(info.sample_inputs("cpu", torch.float64, requires_grad=False), 40))
+        # among millions of entries some are nearer to a kink than the oracle sees
+        samples = [s for s in samples if _size(s) <= 50_000] or samples
         return worst(_judge_sample(info.op, s, degree) for s in spread(samples, count))
+
+
+TOLERANCES = ("atol", "rtol")  # tensors, but no differentiable arguments
+
+
+def _size(sample: Any) -> int:
+    return sum(
+        x.numel() for x in pytree.tree_leaves((sample.input, sample.args, sample.kwargs)) if isinstance(x, Tensor)
+    )
 
 
 def _floating(leaves: list[Any]) -> list[int]:
@@ -91,7 +102,7 @@ def _floating(leaves: list[Any]) -> list[int]:
 
 def _judge_sample(op: Callable[..., Any], sample: Any, degree: int) -> Verdict:
     leaves, spec = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
-    varying = _floating(leaves)
+    varying = [i for i in _floating(leaves) if not any(leaves[i] is sample.kwargs.get(name) for name in TOLERANCES)]
     if not varying or any(isinstance(x, Tensor) and (x.is_complex() or x.layout != torch.strided) for x in leaves):
         return Verdict("skipped", "no real dense input")
     generator = torch.Generator().manual_seed(0)

@@ -32,6 +32,8 @@ def name_of(info) -> str:
     return f"{info.name}.{info.variant_test_name}" if info.variant_test_name else info.name
 
 
+DEGREES = {"round.decimals_3": 1}  # steps of 0.001 leave no room for a second difference
+
 OPERATORS = {
     name_of(info): info
     for info in op_db
@@ -59,7 +61,11 @@ def test_common_operator(name):
 @pytest.mark.slow
 def test_every_differentiable_operator(capsys):
     """Oracle: polynomials fitted to plain torch."""
-    check("op_db", {name: judge_operator(info, degree=2, count=8) for name, info in OPERATORS.items()}, capsys)
+    verdicts = {n: judge_operator(info, degree=DEGREES.get(n, 2), count=8) for n, info in OPERATORS.items()}
+    check("op_db", verdicts, capsys)
+    assert sum(v.kind == "right" for v in verdicts.values()) >= 0.9 * sum(
+        v.kind != "skipped" for v in verdicts.values()
+    )
 
 
 @pytest.mark.slow

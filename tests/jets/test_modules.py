@@ -174,6 +174,68 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+class Apply(nn.Module):
+    """A function of a parameter, well conditioned as a matrix, and of inputs."""
+
+    def __init__(self, function: Callable[..., Any], rows: int = 3, columns: int = 3):
+        super().__init__()
+        self.function = function
+        self.matrix = nn.Parameter(
+            torch.eye(rows, columns) * torch.arange(2.0, 2.0 + columns) + torch.rand(rows, columns)
+        )
+
+    def forward(self, *inputs):
+        return self.function(self.matrix, *inputs)
+
+
+def ctc(tensors: bool) -> Case:
+    lengths = ([4, 3], [2, 1])
+    if tensors:
+        lengths = (torch.tensor([4, 3]), torch.tensor([2, 1]))
+    targets = torch.tensor([[1, 1], [2, 0]])
+    return lambda: Apply(lambda w, x: nn.functional.ctc_loss(torch.log_softmax(x @ w, 2), targets, *lengths)), (
+        values(4, 2, 3).detach(),
+    )
+
+
+linalg = torch.linalg
+CASES |= {
+    "inverse": lambda: (lambda: Apply(linalg.inv), ()),
+    "solve": lambda: (lambda: Apply(linalg.solve), (values(3, 2),)),
+    "solve from the right": lambda: (lambda: Apply(lambda a, b: linalg.solve(a, b, left=False)), (values(2, 2, 3),)),
+    "solve, triangular": lambda: (
+        lambda: Apply(lambda a, b: linalg.solve_triangular(a, b, upper=True)),
+        (values(3, 2),),
+    ),
+    "Cholesky": lambda: (lambda: Apply(lambda a: linalg.cholesky(a @ a.mT)), ()),
+    "Cholesky solve": lambda: (lambda: Apply(lambda a, b: torch.cholesky_solve(b, a)), (values(3, 2),)),
+    "determinant": lambda: (lambda: Apply(lambda a: linalg.det(a) + linalg.det(a.mT)), ()),
+    "logarithm of the determinant": lambda: (lambda: Apply(lambda a: torch.logdet(a @ a.mT)), ()),
+    "LU": lambda: (lambda: Apply(lambda a: linalg.lu(a)[1:], 4, 3), ()),
+    "QR": lambda: (lambda: Apply(linalg.qr, 4, 3), ()),
+    "QR, wide": lambda: (lambda: Apply(linalg.qr, 3, 4), ()),
+    "eigenvectors": lambda: (lambda: Apply(lambda a: linalg.eigh(a + a.mT)), ()),
+    "singular values": lambda: (lambda: Apply(linalg.svdvals, 4, 3), ()),
+    "singular vectors": lambda: (lambda: Apply(lambda a: linalg.svd(a, full_matrices=False), 4, 3), ()),
+    "singular vectors, wide": lambda: (lambda: Apply(lambda a: linalg.svd(a, full_matrices=False), 3, 4), ()),
+    "pseudoinverse": lambda: (lambda: Apply(linalg.pinv, 4, 3), ()),
+    "least squares": lambda: (lambda: Apply(lambda a, b: linalg.lstsq(a, b).solution, 4, 3), (values(4, 2),)),
+    "exponential": lambda: (lambda: Apply(linalg.matrix_exp), ()),
+    "nuclear and spectral norm": lambda: (
+        lambda: Apply(lambda a: linalg.matrix_norm(a, "nuc") + linalg.matrix_norm(a, 2)),
+        (),
+    ),
+    "distances": lambda: (lambda: Apply(lambda a, b: torch.cdist(a, b, 2.0)), (values(2, 3),)),
+    "distances in one set": lambda: (lambda: Apply(lambda a: nn.functional.pdist(a, 3.0)), ()),
+    "EmbeddingBag": lambda: (lambda: nn.EmbeddingBag(6, 3, mode="sum"), (labels(2, 5, classes=6), None, values(2, 5))),
+    "EmbeddingBag, means": lambda: (lambda: nn.EmbeddingBag(6, 3, padding_idx=1), (labels(2, 5, classes=6),)),
+    "EmbeddingBag, maxima": lambda: (lambda: nn.EmbeddingBag(6, 3, mode="max"), (labels(2, 5, classes=6),)),
+    "Embedding, largest norm": lambda: (lambda: nn.Embedding(6, 3, max_norm=1.0), (labels(2, 5, classes=6),)),
+    "CTC": lambda: ctc(tensors=False),
+    "CTC, lengths as tensors": lambda: ctc(tensors=True),
+}
+
+
 class Transposed(nn.Module):
     def forward(self, x):
         return x.transpose(0, 2)
@@ -200,3 +262,28 @@ def test_module(name, parts):
 def test_other_degrees(name, degree):
     """Oracle: polynomials fitted to plain torch and its autograd."""
     assert_right(*curves_of(name, degree, 2, 2), tolerance=1e-4 if degree == 4 else 1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_chunked_cross_entropy_of_a_linear_layer(reduction, weighted):
+    """Oracle: the layer and the loss, one after the other."""
+    options = pytest.importorskip("torch.nn.modules.linear_cross_entropy_options").LinearCrossEntropyOptions
+    target = torch.tensor([0, 4, 2, 2, 1, 3])
+    class_weights = torch.rand(5, dtype=torch.float64) if weighted else None
+    results = []
+    for chunked in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        points = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((6, 4), (5, 4), (5,))]
+        x, weight, bias = (make_curve(p, 3, 2, 2, generator).jet(requires_grad=True) for p in points)
+        kwargs = {"weight": class_weights, "ignore_index": 2, "reduction": reduction}
+        if chunked:
+            loss = nn.functional.linear_cross_entropy(
+                x, weight, target, linear_bias=bias, options=options(batch_chunk_size=2), **kwargs
+            )
+        else:
+            loss = nn.functional.cross_entropy(nn.functional.linear(x, weight, bias), target, **kwargs)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [x, weight, bias])])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.primal, expected.primal)
+        torch.testing.assert_close(found.coefficients, expected.coefficients)

@@ -23,7 +23,8 @@ _CONSTANT: list[OpOverload] = [
     aten.argmax.default, aten.argmin.default, aten.count_nonzero.default,
     aten.bucketize.Tensor, aten.searchsorted.Tensor, aten.multinomial.default,
     # piecewise constant: the derivative is zero on the branch that the primal takes
-    aten.sign.default, aten.sgn.default, aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default,
+    aten.sign.default, aten.sgn.default, aten.floor.default, aten.ceil.default, aten.round.default,
+    aten.round.decimals, aten.trunc.default,
     aten.heaviside.default, aten.angle.default, aten.floor_divide.default, aten.floor_divide.Scalar,
     # factories
     aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.jets.registry import jet_rule, lead_of, missing_rule
+from lightning_sketch.jets.registry import jet_rule, lead_of
 from lightning_sketch.jets.rules.linear import spread
 from lightning_sketch.jets.rules.views import from_end
 from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
@@ -125,21 +125,6 @@ def put(x: Any, index: Tensor, source: Any, accumulate: bool = False) -> Any:
     """Assignment by position in the flattened tensor."""
     flat = torch.index_put(x.reshape(-1), (index.reshape(-1),), source.reshape(-1), accumulate)
     return flat.reshape(x.shape)
-
-
-@jet_rule(aten.scatter_reduce.two)
-def scatter_reduce(x: Any, dim: int, index: Tensor, source: Any, reduce: str, *, include_self: bool = True) -> Any:
-    """Sums and means at ``index`` along a dimension."""
-    if reduce not in ("sum", "mean"):
-        raise missing_rule(aten.scatter_reduce.two)
-    base = x if include_self else x.scatter(dim, index, 0.0)
-    total = torch.scatter_add(base, dim, index, source)
-    if reduce == "sum":
-        return total
-    ones = torch.ones(x.shape, dtype=x.dtype, device=x.device)
-    counts = ones if include_self else ones.scatter(dim, index, 0.0)
-    counts = counts.scatter_add(dim, index, torch.ones(index.shape, dtype=x.dtype, device=x.device))
-    return total / counts.clamp(min=1)
 
 
 @jet_rule(aten.index_add.default)

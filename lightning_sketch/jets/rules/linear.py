@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.jets.registry import jet_rule, lead_of
+from lightning_sketch.jets.registry import jet_rule, lead_of, missing_rule
 from lightning_sketch.jets.rules.views import from_end
 from lightning_sketch.jets.series import lift
 from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
@@ -198,3 +198,16 @@ def _scatter_of_view(op: Any, view: Any) -> None:
 
 
 _scatter_of_view(aten.diagonal_scatter.default, aten.diagonal.default)
+
+
+@jet_rule(aten.as_strided_scatter.default)
+def as_strided_scatter(
+    x: Any, source: Any, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Any:
+    """A copy of the first argument whose strided view is replaced by the second."""
+    x0 = primal_of(x)
+    if x0.storage_offset() or not x0.is_contiguous():
+        raise missing_rule(aten.as_strided_scatter.default)
+    out = x.clone() if type(x) is JetTensor else torch.zeros_like(source).new_empty(x.shape).copy_(x)
+    out.as_strided(size, stride, storage_offset).copy_(source)
+    return out

@@ -23,7 +23,8 @@ def _reduce(loss: Any, reduction: int) -> Any:
 def huber_loss(x: Any, target: Any, reduction: int = 1, delta: float = 1.0) -> Any:
     """``d^2 / 2`` where ``|d| <= delta``, else ``delta (|d| - delta / 2)``."""
     d = x - target
-    return _reduce(torch.where(primal_of(d).abs() <= delta, d * d / 2, delta * (d.abs() - delta / 2)), reduction)
+    size = d * primal_of(d).sign()  # the kink at zero is not reached
+    return _reduce(torch.where(primal_of(size) <= delta, d * d / 2, delta * (size - delta / 2)), reduction)
 
 
 @jet_rule(aten.smooth_l1_loss.default)
@@ -32,7 +33,8 @@ def smooth_l1_loss(x: Any, target: Any, reduction: int = 1, beta: float = 1.0) -
     d = x - target
     if beta == 0:
         return _reduce(d.abs(), reduction)
-    return _reduce(torch.where(primal_of(d).abs() < beta, d * d / (2 * beta), d.abs() - beta / 2), reduction)
+    size = d * primal_of(d).sign()  # the kink at zero is not reached
+    return _reduce(torch.where(primal_of(size) < beta, d * d / (2 * beta), size - beta / 2), reduction)
 
 
 def _spread(grad: Any, reduction: int, examples: int) -> Any:
@@ -73,7 +75,7 @@ def _margins(x: Any, target: Any) -> tuple[Any, Any, Any]:
 def multilabel_margin_loss_forward(x: Any, target: Any, reduction: int) -> tuple[Any, Any]:
     """``sum_ij max(0, 1 - x_j + x_i) / C`` over the targets ``j`` and the others ``i``; and the targets as 0 and 1."""
     margins, times, is_target = _margins(x, target)
-    loss = (margins.relu() * times).sum((1, 2)) / margins.shape[-1]
+    loss = (margins * ((primal_of(margins) > 0) * times)).sum((1, 2)) / margins.shape[-1]
     return _reduce(loss if x.ndim == 2 else loss[0], reduction), is_target.to(x.dtype).reshape(target.shape)
 
 

@@ -130,6 +130,15 @@ def batch_norm(
     return y, mean.reshape(-1), rstd.reshape(-1)
 
 
+@jet_rule(aten._batch_norm_with_update.default)
+def batch_norm_with_update(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, momentum: float, eps: float
+) -> tuple[Any, Any, Any, Any]:
+    """Batch normalisation in training; the last result is room that fused kernels want."""
+    y = batch_norm(x, weight, bias, running_mean, running_var, True, momentum, eps)
+    return (*y, torch.empty(0, dtype=torch.uint8, device=x.device))
+
+
 @jet_rule(aten._native_batch_norm_legit.no_stats)
 def batch_norm_no_stats(
     x: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float

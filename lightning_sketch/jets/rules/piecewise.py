@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sketch.jets.registry import jet_rule, run_constant, write_block
-from lightning_sketch.jets.tensor import JetTensor, jet, primal_of
+from lightning_sketch.jets.registry import jet_rule, lead_of, run_constant, write_block
+from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
 
 aten = torch.ops.aten
 
@@ -104,6 +105,28 @@ def rrelu_with_noise(
 def copysign(a: Any, b: Any) -> Any:
     """``|a|`` with the sign of ``b``."""
     return a.abs() * torch.copysign(torch.ones_like(primal_of(b)), primal_of(b))
+
+
+@jet_rule(aten.copysign.Scalar)
+def copysign_scalar(a: JetTensor, b: float) -> Any:
+    """``|a|`` with the sign of a number."""
+    return a.abs() * math.copysign(1.0, b)
+
+
+@jet_rule(aten.nextafter.default)
+def nextafter(a: Any, b: Any) -> JetTensor:
+    """``a`` plus one unit in its last place."""
+    primal = torch.nextafter(primal_of(a), primal_of(b))
+    shifted: Any = a.expand(primal.shape) if type(a) is JetTensor else a
+    block = block_of(shifted)
+    return jet(primal, None if block is None else block.clone(), lead_of((a, b)))
+
+
+@jet_rule(aten.frexp.Tensor)
+def frexp(x: JetTensor) -> tuple[JetTensor, Tensor]:
+    """``x / 2^e``; the exponent is an integer."""
+    mantissa, exponent = torch.frexp(x.primal)
+    return jet(mantissa, x.coefficients * torch.exp2(-exponent.to(x.dtype)), x.lead), exponent
 
 
 @jet_rule(aten.div.Tensor_mode, aten.div.Scalar_mode)

@@ -102,7 +102,9 @@ def vector_norm(
         return aten.sum.dim_IntList(squares, dim, keepdim).sqrt()
     if ord == 0:  # how many are not zero
         return run_constant(aten.linalg_vector_norm.default, x, ord, dim, keepdim)
-    size = x if ord > 0 and ord % 2 == 0 else x.abs()  # an even power is analytic at zero, the absolute value is not
+    size = (
+        x if ord > 0 and ord % 2 == 0 else x * x.primal.sign()
+    )  # an even power is analytic at zero, the absolute value is not
     dims = _dims(x, dim)
     if ord == float("inf"):
         return size.amax(dims, keepdim)
