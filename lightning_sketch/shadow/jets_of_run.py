@@ -47,7 +47,7 @@ class RunJets:
         self.state: StateBlocks = {}
         self._carried: frozenset[str] = frozenset()
 
-    def weights(self, units: Tensor, dtype: torch.dtype) -> JetTensor:
+    def weights(self, units: Tensor) -> JetTensor:
         """Weights ``w_i = 1 - x_u(i)`` along the directions, ``(B,)``: order 1 is ``-psi_u(i)``, the others vanish."""
         units = units.to(self.psi.device)
         coefficients = torch.zeros(*self.lead, len(units), dtype=self.psi.dtype, device=self.psi.device)
@@ -116,7 +116,7 @@ class RunJets:
             value = value.clone()
             floating = value.dtype.is_floating_point
             tensors[name] = wrap(value, [self.buffers.get(name)], self.lead) if floating else value
-        weights = self.weights(record.units, self.psi.dtype)
+        weights = self.weights(record.units)
         trained = {name: p for name, p in params.items() if p.requires_grad}
 
         def differentiate(loss: Tensor) -> tuple[Any, ...]:
@@ -145,8 +145,10 @@ class RunJets:
     def growth(self) -> float:
         """Norm of the parameters' coefficients of the last order over that of the first, the median over directions."""
         squares = [b.double().square().sum([1, *range(3, b.ndim)]) for b in self.params.values() if b is not None]
+        if self.lead[0] == 1 or not squares:
+            return 0.0
         norms = torch.stack(squares).sum(0).sqrt()  # (R, k)
-        return float((norms[-1] / norms[0]).nan_to_num(0.0).median()) if self.lead[0] > 1 else 0.0
+        return float((norms[-1] / norms[0]).nan_to_num(0.0).median())
 
     def coefficients(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the coefficients of every parameter and buffer that varies, by name, ``(R, P, k, *S)``."""
