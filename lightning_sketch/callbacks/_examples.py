@@ -1,18 +1,20 @@
-"""Units of the examples of every training batch: what the sketch and the ground truth must agree on."""
+"""What the sketch and the ground truth must agree on: the units of every batch, taken around ``training_step``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_sketch.directions import count_units, resolve_units
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.example_ids import ExampleIds
-from lightning_sketch.shadow.wrapping import count_examples
+from lightning_sketch.shadow.wrapping import count_examples, unwrap_training_step, wrap_training_step
 
 
 class BatchUnits:
@@ -31,7 +33,7 @@ class BatchUnits:
 
     def start(self, trainer: Any) -> None:
         """Read the size of the train dataset; called when the dataloaders exist."""
-        self.of_example = resolve_units(self.given, count_examples(trainer, self.ids, self.given))
+        self.of_example = resolve_units(self.given, count_examples(trainer, self.given))
 
     @property
     def num_units(self) -> int:
@@ -56,3 +58,41 @@ class BatchUnits:
                 f"{len(self.of_example) - 1}: make `ids` return rows of the train dataset."
             )
         return torch.as_tensor(self.of_example)[ids]
+
+
+class AroundTrainingStep(pl.Callback):
+    """Takes the place of ``training_step`` for one fit, and knows the units of its batches.
+
+    Args:
+        units: as in :class:`BatchUnits`.
+        ids: as in :class:`BatchUnits`.
+    """
+
+    def __init__(self, units: Sequence[int] | None, ids: Callable[[Any], Any] | str) -> None:
+        self._units = BatchUnits(units, ids)
+        self._original: Callable[..., Any] | None = None
+
+    def _take_step(
+        self, module: pl.LightningModule, around: Callable[[Callable[..., Any], tuple[Any, ...]], Any]
+    ) -> None:
+        self._original = wrap_training_step(module, around)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called for every batch: takes note of its examples."""
+        self._units.next_batch(trainer, batch_idx)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Called at the end: puts everything back."""
+        self._units.ids.remove()
+        if self._original is not None:
+            unwrap_training_step(pl_module, self._original)
+            self._original = None
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Called where training fails, when Lightning calls no ``teardown``."""
+        self.teardown(trainer, pl_module, "fit")

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from lightning_sketch.callbacks._examples import BatchUnits
+from lightning_sketch.callbacks._examples import AroundTrainingStep
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.weighting import LossWeighting, Normalization, PerExampleLoss
-from lightning_sketch.shadow.wrapping import check_start, check_trainer, unwrap_training_step, wrap_training_step
+from lightning_sketch.shadow.wrapping import check_start, check_trainer
 
 
-class Reweight(pl.Callback):
+class Reweight(AroundTrainingStep):
     """Train with some units deleted or reweighted: same batches, same random numbers, same normalisation.
 
     Example ``i`` of unit ``u`` enters the training loss with weight ``1 - x_u``. Unlike the other callbacks this one
@@ -45,6 +45,7 @@ class Reweight(pl.Callback):
         ids: Callable[[Any], Any] | str = "auto",
         normalization: Normalization = "batch",
     ) -> None:
+        super().__init__(units, ids)
         if not hasattr(delete, "__len__"):
             raise ConfigurationError(f"`delete` must be a list of units but is {delete!r}.")
         if weights is not None and len(delete):
@@ -52,9 +53,7 @@ class Reweight(pl.Callback):
         self.delete = list(delete)
         self.weights = weights
         self.weighting = LossWeighting(loss, normalization)
-        self._units = BatchUnits(units, ids)
         self._kept = torch.zeros(0)
-        self._original: Callable[..., Any] | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -81,7 +80,7 @@ class Reweight(pl.Callback):
         x[self.delete] = 1
         # a last entry for examples of unit -1
         self._kept = torch.as_tensor(np.append(1 - x, 1.0)).to(pl_module.device, next(pl_module.parameters()).dtype)
-        self._original = wrap_training_step(pl_module, lambda step, args: self._weighted(pl_module, step, args))
+        self._take_step(pl_module, lambda step, args: self._weighted(pl_module, step, args))
 
     def _weighted(self, module: pl.LightningModule, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         kept = self._kept[self._units.of_batch(args[0]).to(self._kept.device)]
@@ -89,23 +88,3 @@ class Reweight(pl.Callback):
         if weighting.normalization == "remaining" and not bool(kept.any()):
             weighting = LossWeighting(weighting.loss, "batch")  # nothing is left of this batch: its loss is zero
         return weighting(module, step, args, kept)
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Called for every batch: takes note of its examples."""
-        self._units.next_batch(trainer, batch_idx)
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called at the end: puts everything back."""
-        self._units.ids.remove()
-        if self._original is not None:
-            unwrap_training_step(pl_module, self._original)
-            self._original = None
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called where training fails, when Lightning calls no ``teardown``."""
-        self.teardown(trainer, pl_module, "fit")

@@ -13,11 +13,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sketch.callbacks._examples import BatchUnits
+from lightning_sketch.callbacks._examples import AroundTrainingStep
 from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.jets_of_run import RunJets, check_update
-from lightning_sketch.shadow.planning import StepSize, check_memory, directions_per_pass, measure_step
+from lightning_sketch.shadow.planning import (
+    StepSize,
+    check_memory,
+    directions_per_pass,
+    measure_step,
+    state_bytes,
+    trained_bytes,
+)
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step
 from lightning_sketch.shadow.update import OptimizerSnapshot, count_state_tensors
 from lightning_sketch.shadow.verification import verify_weighting
@@ -28,13 +35,11 @@ from lightning_sketch.shadow.wrapping import (
     check_trainer,
     piecewise_linear,
     refuse_averaging,
-    unwrap_training_step,
-    wrap_training_step,
 )
 from lightning_sketch.sketch import Shard, check_writable, module_types, write_sketch
 
 
-class SketchCallback(pl.Callback):
+class SketchCallback(AroundTrainingStep):
     """Carry higher-order derivatives of training by deletion weights along an unchanged ``Trainer.fit``.
 
     Every optimizer step is run again on Taylor coefficients, along every direction ``psi``: order ``r`` of any
@@ -82,6 +87,7 @@ class SketchCallback(pl.Callback):
         seed: int = 0,
         every_n_train_steps: int | None = None,
     ) -> None:
+        super().__init__(units, ids)
         _check_count("degree", degree)
         if every_n_train_steps is not None:
             _check_count("every_n_train_steps", every_n_train_steps)
@@ -99,8 +105,6 @@ class SketchCallback(pl.Callback):
         self.seed = seed
         self.every_n_train_steps = every_n_train_steps
         self.weighting = LossWeighting(loss, normalization)
-        self._units = BatchUnits(units, ids)
-        self._original: Callable[..., Any] | None = None
         self._hooks: list[Any] = []
         self._forget()
 
@@ -112,7 +116,6 @@ class SketchCallback(pl.Callback):
         self._pending: StepRecord | None = None
         self._snapshot: OptimizerSnapshot | None = None
         self._tracked = TrackedTensors()
-        self._verified = False
         self._state_tensors = 0
         self._depth = 0
         self._steps = 0  # optimizer steps whose jets are carried
@@ -140,23 +143,23 @@ class SketchCallback(pl.Callback):
             optimizer.register_step_pre_hook(lambda *_: self._enter_step()),
             optimizer.register_step_post_hook(lambda *_: self._leave_step(trainer, pl_module)),
         ]
-        self._original = wrap_training_step(
-            pl_module, lambda step, args: self._recorded(trainer, pl_module, step, args)
-        )
+        self._take_step(pl_module, lambda step, args: self._recorded(trainer, pl_module, step, args))
 
     def _make_blocks(self, step: StepSize, module: pl.LightningModule) -> Iterator[RunJets]:
         """Directions of one kind each, so that real ones cost half, as many as one pass carries."""
         assert self._drawn is not None
         dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
-        kinds = [(parts, np.flatnonzero(self._drawn.real == (parts == 1))) for parts in (1, 2)]
-        real, complex_ = (len(rows) for _, rows in kinds)
-        for parts, rows in kinds:
-            size = self.directions_per_pass
-            if size == "auto":
-                size = directions_per_pass(step, parts, self.degree, module.device)
-            check_memory(step, real, complex_, int(size), self.degree, module.device)
-            for start in range(0, len(rows), int(size)):
-                indices = rows[start : start + int(size)]
+        rows = {parts: np.flatnonzero(self._drawn.real == (parts == 1)) for parts in (1, 2)}
+        sizes = {
+            parts: directions_per_pass(step, parts, self.degree, module.device)
+            if self.directions_per_pass == "auto"
+            else int(self.directions_per_pass)
+            for parts in rows
+        }
+        check_memory(step, {parts: len(r) for parts, r in rows.items()}, sizes, self.degree, module.device)
+        for parts, size in sizes.items():
+            for start in range(0, len(rows[parts]), size):
+                indices = rows[parts][start : start + size]
                 yield RunJets(indices, self._drawn.array[indices], self.degree, dtype, module.device)
 
     def _announce(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -165,9 +168,8 @@ class SketchCallback(pl.Callback):
         real = int(self._drawn.real.sum())
         complex_ = self._drawn.num_directions - real
         measurements = real + 2 * complex_
-        per_order = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
         self._state_tensors = count_state_tensors(optimizer)
-        state = (1 + self._state_tensors) * per_order * measurements * degree
+        state = state_bytes(trained_bytes(module.parameters()), self._state_tensors, measurements, degree)
         cost = real * (2 * degree + degree * (degree - 1) / 2) + complex_ * (4 * degree + 2 * degree * (degree - 1))
         error = first_order_error(measurements, n)
         rank_zero_info(
@@ -213,13 +215,6 @@ class SketchCallback(pl.Callback):
         return {name: t for name, t in _tensors(module).items() if id(t) not in held}
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Called for every batch: takes note of its examples."""
-        self._units.next_batch(trainer, batch_idx)
-
-    @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Called where a new gradient begins: it has nothing of the micro-batches before."""
         self._records = []
@@ -231,8 +226,7 @@ class SketchCallback(pl.Callback):
             return
         self._tracked.note(self._outside_optimizer(trainer, pl_module))
         self._records.append(self._pending)
-        if not self._verified:
-            self._verified = True
+        if not self._blocks:  # the first batch
             self._verify(pl_module, self._pending)
         self._pending = None
 
@@ -331,19 +325,11 @@ class SketchCallback(pl.Callback):
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called at the end: puts everything back and lets go of the model."""
-        self._units.ids.remove()
+        super().teardown(trainer, pl_module, stage)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._original is not None:
-            unwrap_training_step(pl_module, self._original)
-            self._original = None
         self._forget()
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Called where training fails, when Lightning calls no ``teardown``."""
-        self.teardown(trainer, pl_module, "fit")
 
 
 def _tensors(module: pl.LightningModule) -> dict[str, Tensor]:

@@ -23,8 +23,27 @@ def lift(block: Tensor, ndim: int) -> Tensor:
     return block
 
 
-def _add_product(out: Tensor, x: Tensor, y: Tensor, sign: int) -> None:
+def spread(block: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a fresh copy of ``block`` broadcast to trailing shape ``shape``."""
+    return lift(block, len(shape)).expand(*block.shape[:3], *shape).clone()
+
+
+def stretch(block: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return ``block`` itself if its trailing shape is ``shape``, otherwise a copy broadcast to it."""
+    return block if block.shape[3:] == torch.Size(shape) else spread(block, shape)
+
+
+def _elementwise(out: Tensor, x: Tensor, y: Tensor, sign: int) -> None:
     out.addcmul_(x, y, value=sign)
+
+
+def add_product(out: Tensor, x: Tensor, y: Tensor, accumulate: Accumulate = _elementwise, sign: int = 1) -> None:
+    """Add ``sign x y`` for blocks whose first dimension is ``P``: real, or complex in four real products."""
+    accumulate(out[0], x[0], y[0], sign)
+    if out.shape[0] == 2:
+        accumulate(out[0], x[1], y[1], -sign)
+        accumulate(out[1], x[0], y[1], sign)
+        accumulate(out[1], x[1], y[0], sign)
 
 
 def add_cauchy(out: Tensor, a: Tensor, b: Tensor, scale: int = 1) -> None:
@@ -32,46 +51,32 @@ def add_cauchy(out: Tensor, a: Tensor, b: Tensor, scale: int = 1) -> None:
 
     ``a`` may hold fewer orders than ``out``, as may ``b``; missing orders count as zero.
     """
-    orders, parts = out.shape[:2]
+    orders = out.shape[0]
     for i in range(1, min(orders, a.shape[0] + 1)):
         count = min(orders - i, b.shape[0])
-        x, y, into = a[i - 1], b[:count], out[i : i + count]
-        _add_product(into[:, 0], x[0], y[:, 0], scale)
-        if parts == 2:
-            _add_product(into[:, 0], x[1], y[:, 1], -scale)
-            _add_product(into[:, 1], x[0], y[:, 1], scale)
-            _add_product(into[:, 1], x[1], y[:, 0], scale)
+        add_product(out[i : i + count].transpose(0, 1), a[i - 1], b[:count].transpose(0, 1), sign=scale)
 
 
 def add_bilinear(out: Tensor, a: Tensor, b: Tensor, accumulate: Accumulate) -> None:
     """Like :func:`add_cauchy` for any bilinear product, given how one pair of slices ``(K, *S)`` is accumulated."""
-    orders, parts = out.shape[:2]
-    for r in range(2, orders + 1):
+    for r in range(2, out.shape[0] + 1):
         for i in range(1, r):
-            x, y, into = a[i - 1], b[r - i - 1], out[r - 1]
-            accumulate(into[0], x[0], y[0], 1)
-            if parts == 2:
-                accumulate(into[0], x[1], y[1], -1)
-                accumulate(into[1], x[0], y[1], 1)
-                accumulate(into[1], x[1], y[0], 1)
+            add_product(out[r - 1], a[i - 1], b[r - i - 1], accumulate)
 
 
 def add_square(out: Tensor, a: Tensor) -> None:
     """Add ``sum_{i+j=r; i,j>=1} a_i a_j``, each unordered pair once."""
     orders, parts = out.shape[:2]
     for r in range(2, orders + 1):
-        for i in range(1, r // 2 + 1):
-            j = r - i
-            twice = 1 if i == j else 2
-            x, y, into = a[i - 1], a[j - 1], out[r - 1]
-            _add_product(into[0], x[0], y[0], twice)
+        into = out[r - 1]
+        for i in range(1, (r + 1) // 2):
+            add_product(into, a[i - 1], a[r - i - 1], sign=2)
+        if r % 2 == 0:  # the square of one coefficient: its imaginary part is one product, not two
+            x = a[r // 2 - 1]
+            _elementwise(into[0], x[0], x[0], 1)
             if parts == 2:
-                _add_product(into[0], x[1], y[1], -twice)
-                if i == j:
-                    _add_product(into[1], x[0], x[1], 2)
-                else:
-                    _add_product(into[1], x[0], y[1], 2)
-                    _add_product(into[1], x[1], y[0], 2)
+                _elementwise(into[0], x[1], x[1], -1)
+                _elementwise(into[1], x[0], x[1], 2)
 
 
 def compose(h: Tensor, taylor: Sequence[Tensor]) -> Tensor:
@@ -93,21 +98,12 @@ def compose(h: Tensor, taylor: Sequence[Tensor]) -> Tensor:
 
 def divide(a: Tensor | None, y0: Tensor, b0: Tensor, b: Tensor, shape: Sequence[int]) -> Tensor:
     """Orders ``1..R`` of ``y = a / b`` from ``b y = a``: ``y_r = (a_r - sum_{i=1..r} b_i y_{r-i}) / b_0``."""
-    out = -(b * y0)
-    if out.shape[3:] != torch.Size(shape):
-        out = out.expand(*b.shape[:3], *shape).clone()
+    out = stretch(-(b * y0), shape)
     if a is not None:
         out += a
     out[0] /= b0
-    orders, parts = out.shape[:2]
-    for r in range(2, orders + 1):
-        into = out[r - 1]
+    for r in range(2, out.shape[0] + 1):
         for i in range(1, r):
-            x, y = b[i - 1], out[r - i - 1]
-            _add_product(into[0], x[0], y[0], -1)
-            if parts == 2:
-                _add_product(into[0], x[1], y[1], 1)
-                _add_product(into[1], x[0], y[1], -1)
-                _add_product(into[1], x[1], y[0], -1)
-        into /= b0
+            add_product(out[r - 1], b[i - 1], out[r - i - 1], sign=-1)
+        out[r - 1] /= b0
     return out

@@ -112,8 +112,7 @@ class RunJets:
         step: int,
     ) -> dict[str, Any]:
         tensors: dict[str, Tensor] = dict(params)
-        for name, value in record.buffers.items():
-            value = value.clone()
+        for name, value in record.copied_buffers().items():
             floating = value.dtype.is_floating_point
             tensors[name] = wrap(value, [self.buffers.get(name)], self.lead) if floating else value
         weights = self.weights(record.units)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,16 @@ from lightning_sketch.shadow.record import StepRecord, Weighting, replay
 _LARGEST_ON_CPU = 32 << 20
 _SHARE_OF_GPU = 0.5  # of what is free, for one pass
 _TRANSIENT = 4  # blocks of the largest tensor that an operator holds at a time
+
+
+def trained_bytes(params: Iterable[Tensor]) -> int:
+    """Bytes of the parameters that are trained."""
+    return sum(p.numel() * p.element_size() for p in params if p.requires_grad)
+
+
+def state_bytes(trained: int, state_tensors: int, measurements: int, degree: int) -> int:
+    """Bytes of the coefficients of parameters and optimizer state; a complex direction is two measurements."""
+    return (1 + state_tensors) * trained * measurements * degree
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class StepSize:
 
     def state(self, measurements: int, degree: int) -> int:
         """Coefficients of parameters and optimizer state, kept all the time."""
-        return (1 + self.state_tensors) * self.trained * measurements * degree
+        return state_bytes(self.trained, self.state_tensors, measurements, degree)
 
     def one_pass(self, directions: int, parts: int, degree: int) -> int:
         """What one pass needs besides: activations, gradients, and what operators hold for a moment."""
@@ -70,13 +80,12 @@ def measure_step(
         if t.data_ptr() not in own:
             sizes[t.data_ptr()] = max(sizes.get(t.data_ptr(), 0), t.numel() * t.element_size())
 
-    first = next(iter(params.values()))
-    weights = torch.ones(len(record.units), dtype=first.dtype, device=first.device)
-    tensors = {**params, **{name: b.clone() for name, b in record.buffers.items()}}
+    weights = record.ones_like(params)
+    tensors = {**params, **record.copied_buffers()}
     with saved_tensors_hooks(note, lambda kept: kept):
         replay(module, record, training_step, weighting, weights, tensors, lambda loss: None)
-    trained = [p.numel() * p.element_size() for p in params.values() if p.requires_grad]
-    return StepSize(sum(trained), state_tensors, sum(sizes.values()), max([*sizes.values(), *trained]))
+    largest = max([*sizes.values(), *(trained_bytes([p]) for p in params.values())])
+    return StepSize(trained_bytes(params.values()), state_tensors, sum(sizes.values()), largest)
 
 
 def directions_per_pass(size: StepSize, parts: int, degree: int, device: torch.device) -> int:
@@ -87,21 +96,30 @@ def directions_per_pass(size: StepSize, parts: int, degree: int, device: torch.d
     return max(1, _LARGEST_ON_CPU // (size.largest * parts * degree))
 
 
-def check_memory(size: StepSize, real: int, complex_: int, per_pass: int, degree: int, device: torch.device) -> int:
+def check_memory(
+    size: StepSize, counts: Mapping[int, int], per_pass: Mapping[int, int], degree: int, device: torch.device
+) -> int:
     """Return the bytes expected at the peak.
+
+    Args:
+        size: of one plain step.
+        counts: how many real (key 1) and complex (key 2) directions there are.
+        per_pass: how many of each one pass carries.
+        degree: highest order.
+        device: where they are kept.
 
     Raises:
         ConfigurationError: if that is more than is free, naming how many directions would fit.
     """
-    measurements = real + 2 * complex_
-    parts = 2 if complex_ else 1
-    transient = size.one_pass(min(per_pass, real + complex_), parts, degree)
+    transient = max(size.one_pass(min(per_pass[parts], count), parts, degree) for parts, count in counts.items())
+    measurements = sum(parts * count for parts, count in counts.items())
     needed = size.state(measurements, degree) + transient
     free = available_bytes(device)
     if free is not None and needed > free:
-        fits = max(0, (free - transient) // max(1, size.state(parts, degree)))
+        total = sum(counts.values())
+        fits = max(0, (free - transient) * total // max(1, size.state(measurements, degree)))
         raise ConfigurationError(
-            f"`directions`: {real + complex_} directions of degree {degree} need about {needed / 2**30:.3g} GiB, but "
+            f"`directions`: {total} directions of degree {degree} need about {needed / 2**30:.3g} GiB, but "
             f"{free / 2**30:.3g} GiB are free: about {fits} would fit, or use a lower `degree`, or run "
             "several times with other seeds and merge the sketches."
         )

@@ -46,6 +46,15 @@ class StepRecord:
     accumulate: int
     loss: Tensor
 
+    def ones_like(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Weights of one for every example, in the dtype and on the device of the parameters."""
+        first = next(iter(params.values()))
+        return torch.ones(len(self.units), dtype=first.dtype, device=first.device)
+
+    def copied_buffers(self) -> dict[str, Tensor]:
+        """The buffers at entry, to be changed by a re-run."""
+        return {name: b.clone() for name, b in self.buffers.items()}
+
 
 def record_step(
     module: Any,

@@ -97,9 +97,8 @@ class _Step:
 
     def shares(self, batch: Any, weights: Tensor | None = None) -> _Shares:
         """Run the step on a batch, with weights one unless given."""
-        first = next(iter(self.params.values()))
         if weights is None:
-            weights = torch.ones(self.num_examples, dtype=first.dtype, device=first.device)
+            weights = self.record.ones_like(self.params)
         weights.requires_grad_()
         terms: list[Tensor] = []
 
@@ -116,7 +115,7 @@ class _Step:
 
         record = replace(self.record, args=(batch, *self.record.args[1:]))
         tensors = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self.params.items()}
-        tensors.update({name: b.clone() for name, b in record.buffers.items()})
+        tensors.update(record.copied_buffers())
 
         def differentiate(loss: Tensor) -> _Shares:
             gradient = torch.autograd.grad(loss, weights, allow_unused=True)[0] if loss.requires_grad else None

@@ -142,7 +142,7 @@ def check_optimizers(optimizers: list[Optimizer], module: Any, who: str) -> Opti
     return optimizers[0]
 
 
-def count_examples(trainer: Any, ids: Any, units: Any) -> int:
+def count_examples(trainer: Any, units: Any) -> int:
     """Return the length of the train dataset, or of ``units`` where the dataset has none.
 
     Raises:

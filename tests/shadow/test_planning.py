@@ -43,9 +43,9 @@ def test_memory_is_refused_with_the_number_that_fits(monkeypatch):
     """Oracle: state (1 + 2) * 10 MiB a direction and degree, one pass of (20 + 20 + 8) MiB."""
     size = StepSize(trained=10 * MIB, state_tensors=2, saved=20 * MIB, largest=2 * MIB)
     monkeypatch.setattr(planning, "available_bytes", lambda device: 1048 * MIB)
-    assert check_memory(size, 15, 0, 1, 2, CPU) == 15 * 60 * MIB + 48 * 2 * MIB
+    assert check_memory(size, {1: 15, 2: 0}, {1: 1, 2: 1}, 2, CPU) == 15 * 60 * MIB + 48 * 2 * MIB
     with pytest.raises(ConfigurationError, match=r"`directions`: 20 directions.*1.02 GiB are free: about 15 would fit"):
-        check_memory(size, 20, 0, 1, 2, CPU)
+        check_memory(size, {1: 20, 2: 0}, {1: 1, 2: 1}, 2, CPU)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_its_first_step(tmp_path, monkeypatch):
@@ -65,3 +65,10 @@ def test_passes_are_split_by_the_plan(tmp_path, monkeypatch):
     fit(Classifier, [sketch(tmp_path, 1, design="basis", units=[i % 5 for i in range(12)])])
     shards = list(Sketch.load(tmp_path / "sketch").shards())
     assert [len(s.indices) for s in shards] == [2, 2, 1]
+
+
+def test_each_kind_of_directions_is_planned_with_its_own_pass(monkeypatch):
+    """Oracle: 3 real and 2 complex directions are 7 measurements of 60 MiB, two complex ones the largest pass."""
+    size = StepSize(trained=10 * MIB, state_tensors=2, saved=20 * MIB, largest=2 * MIB)
+    monkeypatch.setattr(planning, "available_bytes", lambda device: 1 << 40)
+    assert check_memory(size, {1: 3, 2: 2}, {1: 8, 2: 4}, 2, CPU) == 7 * 60 * MIB + 4 * 48 * 2 * MIB

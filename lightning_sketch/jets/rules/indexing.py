@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.jets.registry import jet_rule, lead_of
-from lightning_sketch.jets.rules.linear import spread
 from lightning_sketch.jets.rules.views import from_end
+from lightning_sketch.jets.series import spread
 from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
 
 aten = torch.ops.aten

@@ -10,15 +10,10 @@ from torch import Tensor
 
 from lightning_sketch.jets.registry import jet_rule, lead_of, missing_rule
 from lightning_sketch.jets.rules.views import from_end
-from lightning_sketch.jets.series import lift
+from lightning_sketch.jets.series import lift, spread
 from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
 
 aten = torch.ops.aten
-
-
-def spread(block: Tensor, shape: torch.Size) -> Tensor:
-    """Return a fresh copy of ``block`` broadcast to trailing shape ``shape``."""
-    return lift(block, len(shape)).expand(*block.shape[:3], *shape).clone()
 
 
 def _combine(a: Any, b: Any, alpha: Any, primal: Tensor) -> JetTensor:

@@ -7,16 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sketch.jets.registry import jet_rule
-from lightning_sketch.jets.series import add_cauchy, add_square, divide, lift
+from lightning_sketch.jets.registry import jet_rule, lead_of
+from lightning_sketch.jets.series import add_cauchy, add_square, divide, lift, stretch
 from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
 
 aten = torch.ops.aten
-
-
-def lead_of_any(*xs: Any) -> tuple[int, int, int]:
-    """Return ``(R, P, K)`` of the first JetTensor."""
-    return next(x.lead for x in xs if type(x) is JetTensor)
 
 
 def product_block(a: Any, b: Any, shape: torch.Size) -> Tensor:
@@ -27,7 +22,7 @@ def product_block(a: Any, b: Any, shape: torch.Size) -> Tensor:
         a0, b0, ac, bc = b0, a0, bc, ac
     out = lift(ac, len(shape)) * b0
     if bc is None:
-        return out if out.shape[3:] == shape else out.expand(*out.shape[:3], *shape).clone()
+        return stretch(out, shape)
     if ac is bc:
         out *= 2
         add_square(out, ac)
@@ -43,7 +38,7 @@ def product_block(a: Any, b: Any, shape: torch.Size) -> Tensor:
 def mul(a: Any, b: Any) -> JetTensor:
     """``y = a b``."""
     primal = torch.mul(primal_of(a), primal_of(b))
-    return jet(primal, product_block(a, b, primal.shape), lead_of_any(a, b))
+    return jet(primal, product_block(a, b, primal.shape), lead_of((a, b)))
 
 
 @jet_rule(aten.div.Tensor, aten.div.Scalar)
@@ -54,12 +49,10 @@ def div(a: Any, b: Any) -> JetTensor:
     n = primal.ndim
     if bc is None:
         assert ac is not None
-        block = lift(ac, n) / b0
-        if block.shape[3:] != primal.shape:
-            block = block.expand(*block.shape[:3], *primal.shape).clone()
+        block = stretch(lift(ac, n) / b0, primal.shape)
     else:
         block = divide(None if ac is None else lift(ac, n), primal, b0, lift(bc, n), primal.shape)
-    return jet(primal, block, lead_of_any(a, b))
+    return jet(primal, block, lead_of((a, b)))
 
 
 @jet_rule(aten.addcmul.default)
