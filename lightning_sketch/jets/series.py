@@ -57,38 +57,52 @@ def add_cauchy(out: Tensor, a: Tensor, b: Tensor, scale: int = 1) -> None:
         add_product(out[i : i + count].transpose(0, 1), a[i - 1], b[:count].transpose(0, 1), sign=scale)
 
 
-def add_bilinear(out: Tensor, a: Tensor, b: Tensor, accumulate: Accumulate) -> None:
-    """Like :func:`add_cauchy` for any bilinear product, given how one pair of slices ``(K, *S)`` is accumulated."""
-    for r in range(2, out.shape[0] + 1):
-        for i in range(1, r):
-            add_product(out[r - 1], a[i - 1], b[r - i - 1], accumulate)
+def real_products(a: Tensor, b: Tensor, expensive: bool) -> list[tuple[Tensor, Tensor, dict[int, int]]]:
+    """Real products that make up a bilinear product of blocks ``(R, P, K, *S)``.
+
+    Complex ones are ``re re - im im`` and ``re im + im re``, or, where a product is more expensive than sums of its
+    factors, ``t - im (re + im)`` and ``t + re (im - re)`` with ``t = (re + im) re`` (Gauss; Higham, *Accuracy and
+    Stability of Numerical Algorithms*, sec. 23.2.4).
+
+    Returns:
+        Factors ``(R, K, *S)``, and the sign with which each part of the result receives their product.
+    """
+    x, y = a.unbind(1), b.unbind(1)
+    if len(x) == 1:
+        return [(x[0], y[0], {0: 1})]
+    if not expensive:
+        return [(x[0], y[0], {0: 1}), (x[1], y[1], {0: -1}), (x[0], y[1], {1: 1}), (x[1], y[0], {1: 1})]
+    return [(x[0] + x[1], y[0], {0: 1, 1: 1}), (x[1], y[0] + y[1], {0: -1}), (x[0], y[1] - y[0], {1: 1})]
 
 
 def add_square(out: Tensor, a: Tensor) -> None:
     """Add ``sum_{i+j=r; i,j>=1} a_i a_j``, each unordered pair once."""
     orders, parts = out.shape[:2]
-    for r in range(2, orders + 1):
-        into = out[r - 1]
-        for i in range(1, (r + 1) // 2):
-            add_product(into, a[i - 1], a[r - i - 1], sign=2)
-        if r % 2 == 0:  # the square of one coefficient: its imaginary part is one product, not two
-            x = a[r // 2 - 1]
-            _elementwise(into[0], x[0], x[0], 1)
-            if parts == 2:
-                _elementwise(into[0], x[1], x[1], -1)
-                _elementwise(into[1], x[0], x[1], 2)
+    if orders == 1:
+        return
+    even, x = out[1::2], a[: orders // 2]  # the square of one coefficient: its imaginary part is one product, not two
+    _elementwise(even[:, 0], x[:, 0], x[:, 0], 1)
+    if parts == 2:
+        _elementwise(even[:, 0], x[:, 1], x[:, 1], -1)
+        _elementwise(even[:, 1], x[:, 0], x[:, 1], 2)
+    for i in range(2, orders):
+        count = min(i - 1, orders - i)
+        add_product(out[i : i + count].transpose(0, 1), a[i - 1], a[:count].transpose(0, 1), sign=2)
 
 
-def compose(h: Tensor, taylor: Sequence[Tensor]) -> Tensor:
+def compose(h: Tensor, taylor: Sequence[Tensor | float | None]) -> Tensor:
     """Orders ``1..R`` of ``f(x)`` from those of ``x`` and ``taylor[m] = f^(m)(x_0) / m!``, real, shape ``S``.
 
     Horner's scheme ``f_0 + h (f_1 + h (f_2 + ...))`` in truncated series; ``h`` has no constant term, so the inner
     factors need fewer orders and the number of complex products is that of the recurrences for degrees up to 3.
+    ``None`` stands for zero.
     """
     orders = h.shape[0]
+    degree = max([m for m in range(1, orders + 1) if taylor[m] is not None], default=1)
     inner: Tensor | None = None
-    for m in range(orders - 1, -1, -1):
-        outer = h[: orders - m] * taylor[m + 1]
+    for m in range(degree - 1, -1, -1):
+        factor = taylor[m + 1]
+        outer = h[: orders - m] * (0.0 if factor is None else factor)
         if inner is not None:
             add_cauchy(outer, h, inner)
         inner = outer
@@ -96,14 +110,16 @@ def compose(h: Tensor, taylor: Sequence[Tensor]) -> Tensor:
     return inner
 
 
-def divide(a: Tensor | None, y0: Tensor, b0: Tensor, b: Tensor, shape: Sequence[int]) -> Tensor:
-    """Orders ``1..R`` of ``y = a / b`` from ``b y = a``: ``y_r = (a_r - sum_{i=1..r} b_i y_{r-i}) / b_0``."""
-    out = stretch(-(b * y0), shape)
-    if a is not None:
-        out += a
-    out[0] /= b0
-    for r in range(2, out.shape[0] + 1):
-        for i in range(1, r):
-            add_product(out[r - 1], b[i - 1], out[r - i - 1], sign=-1)
-        out[r - 1] /= b0
+def divide(a: Tensor | None, y0: Tensor, b0: Tensor | None, b: Tensor, shape: Sequence[int]) -> Tensor:
+    """Orders ``1..R`` of ``y = a / b`` from ``b y = a``: ``y_r = (a_r - sum_{i=1..r} b_i y_{r-i}) / b_0``.
+
+    ``None`` stands for ``a`` zero and for ``b_0`` one.
+    """
+    out = stretch(b * -y0 if a is None else torch.addcmul(a, b, y0, value=-1), shape)
+    orders = out.shape[0]
+    for r in range(1, orders + 1):
+        if b0 is not None:
+            out[r - 1].div_(b0)
+        if r < orders:
+            add_product(out[r:].transpose(0, 1), out[r - 1], b[: orders - r].transpose(0, 1), sign=-1)
     return out

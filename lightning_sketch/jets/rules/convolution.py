@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.jets.registry import jet_rule, lead_of
-from lightning_sketch.jets.series import add_bilinear
+from lightning_sketch.jets.series import real_products
 from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
 
 aten = torch.ops.aten
@@ -82,11 +82,11 @@ def _bilinear(a: Any, b: Any, primal: Tensor, fold_a: Pairwise, fold_b: Pairwise
     assert out is not None
     out = out.view(*lead, *primal.shape)
     if ac is not None and bc is not None and lead[0] > 1:
-
-        def accumulate(into: Tensor, x: Tensor, y: Tensor, sign: int) -> None:
-            into.add_(pairs(x, y), alpha=sign)
-
-        add_bilinear(out, ac, bc, accumulate)
+        for x, y, signs in real_products(ac[:-1], bc[:-1], expensive=True):
+            for r in range(1, lead[0]):
+                total = sum(pairs(x[i], y[r - 1 - i]) for i in range(r))
+                for part, sign in signs.items():
+                    out[r, part].add_(total, alpha=sign)
     return out
 
 

@@ -1,9 +1,4 @@
-"""Functions of one variable: each states its Taylor coefficients ``f_m = f^(m)(x_0) / m!``; composition is shared.
-
-The coefficients of ``f`` at ``x_0`` are real and common to all directions, so a function costs no more than the
-powers of the inner series. They come from the differential equation of ``f`` (Griewank & Walther, *Evaluating
-Derivatives*, ch. 13).
-"""
+"""Functions of one variable: each states the equation that it solves, on which every degree is evaluated."""
 
 from __future__ import annotations
 
@@ -14,169 +9,129 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sketch.jets.equations import Identity, Series, Statement, evaluate
 from lightning_sketch.jets.registry import jet_rule
-from lightning_sketch.jets.series import compose
-from lightning_sketch.jets.tensor import JetTensor, jet
+from lightning_sketch.jets.tensor import JetTensor, block_of, jet
 
 aten = torch.ops.aten
 
-# (x_0, highest order) -> [f_0, ..., f_order]
-Taylor = Callable[[Tensor, int], list[Tensor]]
 
-
-def apply(x: JetTensor, taylor: Taylor, primal: Tensor | None = None) -> JetTensor:
+def apply(x: JetTensor, statement: Statement, primal: Tensor | None = None) -> JetTensor:
     """``y = f(x)``."""
-    f = taylor(x.primal, x.lead[0])
-    return jet(f[0] if primal is None else primal, compose(x.coefficients, f), x.lead)
+    y0, block = evaluate(statement, x.primal, x.coefficients)
+    return jet(y0 if primal is None else primal, block, x.lead)
 
 
-def apply_derivative(x: JetTensor, taylor: Taylor) -> JetTensor:
-    """``y = f'(x)``, whose Taylor coefficients are ``(m+1) f_{m+1}``."""
-
-    def derivative(x0: Tensor, order: int) -> list[Tensor]:
-        f = taylor(x0, order + 1)
-        return [(m + 1) * f[m + 1] for m in range(order + 1)]
-
+def apply_any(x: Any, statement: Statement) -> Any:
+    """``f(x)`` of a JetTensor or a tensor."""
+    if type(x) is not JetTensor:
+        return statement(Identity(x))[0]
     if x.block is None:
-        return jet(derivative(x.primal, 0)[0], None, x.lead)
-    return apply(x, derivative)
+        return jet(statement(Identity(x.primal))[0], None, x.lead)
+    return apply(x, statement)
 
 
-def derivative_of(x: Any, taylor: Taylor) -> Any:
-    """``f'(x)`` of a JetTensor or a tensor."""
-    return apply_derivative(x, taylor) if type(x) is JetTensor else taylor(x, 1)[1]
+def times(grad: Any, x: Any, statement: Statement) -> Any:
+    """``grad f(x)``, at degree 1 without the series of ``f(x)``: ``grad_1 f_0 + x_1 grad_0 f_1``."""
+    gc, xc = block_of(grad), block_of(x)
+    if gc is None or xc is None or x.lead[0] > 1 or gc.shape != xc.shape:
+        return grad * apply_any(x, statement)
+    y = statement(Identity(x.primal))
+    block = torch.addcmul(xc * (grad.primal * y[1]), gc, y[0])
+    return jet(grad.primal * y[0], block, x.lead)
 
 
-def unary(op: Any, taylor: Taylor) -> None:
+def unary(op: Any, statement: Statement) -> None:
     """Register a function of one variable."""
 
     @jet_rule(op)
     def unary_rule(x: JetTensor) -> JetTensor:
-        return apply(x, taylor, op(x.primal))
+        return apply(x, statement, op(x.primal))
 
 
-def product_taylor(f: list[Tensor], g: list[Tensor]) -> list[Tensor]:
-    """``(f g)_m = sum_i f_i g_{m-i}``."""
-    return [sum((f[i] * g[m - i] for i in range(m + 1)), torch.zeros_like(f[0])) for m in range(len(f))]
+def exp(x: Series, value: Tensor | None = None) -> Series:
+    """``y' = y x'``, for any constant multiple of the exponential given its value at ``x_0``."""
+    return x.solve(x[0].exp() if value is None else value, lambda y: y)
 
 
-def quotient_taylor(f: list[Tensor], g: list[Tensor]) -> list[Tensor]:
-    """``q = f / g``, from ``g q = f``: ``q_m = (f_m - sum_{i=1..m} g_i q_{m-i}) / g_0``."""
-    q: list[Tensor] = []
-    for m in range(len(f)):
-        q.append((f[m] - sum((g[i] * q[m - i] for i in range(1, m + 1)), torch.zeros_like(f[0]))) / g[0])
-    return q
+def expm1(x: Series) -> Series:
+    """``y' = (y + 1) x'``."""
+    return x.solve(x[0].expm1(), lambda y: y + 1)
 
 
-def integral_taylor(f0: Tensor, slope: list[Tensor]) -> list[Tensor]:
-    """``f' = g``: ``f_m = g_{m-1} / m``."""
-    return [f0, *(g / (m + 1) for m, g in enumerate(slope))]
+def log(x: Series) -> Series:
+    """``y' = x' / x``."""
+    return x.integral(x[0].log(), x.theta() / x)
 
 
-def polynomial_taylor(x: Tensor, order: int, *coefficients: float) -> list[Tensor]:
-    """``c_0 + c_1 x + c_2 x^2 + ...``: ``f_m = sum_j binom(j, m) c_j x^(j-m)``."""
-    f = []
-    for m in range(order + 1):
-        terms = (math.comb(j, m) * c * x ** (j - m) for j, c in enumerate(coefficients) if j >= m and c)
-        f.append(sum(terms, torch.zeros_like(x)))
-    return f
+def log1p(x: Series) -> Series:
+    """``y' = x' / (1 + x)``."""
+    return x.integral(x[0].log1p(), x.theta() / (1 + x))
 
 
-def exp_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """``f_m = exp(x) / m!``."""
-    f = [x.exp()]
-    for m in range(1, order + 1):
-        f.append(f[-1] / m)
-    return f
+def _pair(x: Series, sine: Tensor, cosine: Tensor, sign: float) -> tuple[Series, Series]:
+    """``s' = c x'`` and ``c' = sign s x'``."""
+    s, c = x.unknown(sine), x.unknown(cosine)
+    x.drive(s, c)
+    x.drive(c, s * sign)
+    return s, c
 
 
-def log_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """``f_m = (-1)^(m-1) / (m x^m)``."""
-    inverse = x.reciprocal()
-    f, power = [x.log()], torch.ones_like(x)
-    for m in range(1, order + 1):
-        power = power * inverse
-        f.append(power * ((-1) ** (m - 1) / m))
-    return f
+def sin(x: Series) -> Series:
+    """``s' = c x'``, ``c' = -s x'``."""
+    return _pair(x, x[0].sin(), x[0].cos(), -1.0)[0]
 
 
-def log1p_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """The logarithm at ``1 + x``."""
-    return [x.log1p(), *log_taylor(1 + x, order)[1:]]
+def cos(x: Series) -> Series:
+    """``s' = c x'``, ``c' = -s x'``."""
+    return _pair(x, x[0].sin(), x[0].cos(), -1.0)[1]
 
 
-def expm1_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """The exponential less one."""
-    return [x.expm1(), *exp_taylor(x, order)[1:]]
+def sinh(x: Series) -> Series:
+    """``s' = c x'``, ``c' = s x'``."""
+    return _pair(x, x[0].sinh(), x[0].cosh(), 1.0)[0]
 
 
-def sin_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """``f_m`` from ``sin, cos, -sin, -cos`` in turn."""
-    s, c = x.sin(), x.cos()
-    return [[s, c, -s, -c][m % 4] / math.factorial(m) for m in range(order + 1)]
+def cosh(x: Series) -> Series:
+    """``s' = c x'``, ``c' = s x'``."""
+    return _pair(x, x[0].sinh(), x[0].cosh(), 1.0)[1]
 
 
-def cos_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """``f_m`` from ``cos, -sin, -cos, sin`` in turn."""
-    s, c = x.sin(), x.cos()
-    return [[c, -s, -c, s][m % 4] / math.factorial(m) for m in range(order + 1)]
+def tan(x: Series) -> Series:
+    """``y' = (1 + y^2) x'``."""
+    return x.solve(x[0].tan(), lambda y: 1 + y * y)
 
 
-def sinh_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """``f_m`` from ``sinh, cosh`` in turn."""
-    s, c = x.sinh(), x.cosh()
-    return [[s, c][m % 2] / math.factorial(m) for m in range(order + 1)]
+def _inverse(value: Callable[[Tensor], Tensor], divisor: Statement, sign: float = 1.0) -> Statement:
+    """``y' = sign x' / divisor(x)``."""
+    return lambda x: x.integral(value(x[0]), x.theta() * sign / divisor(x))
 
 
-def cosh_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """``f_m`` from ``cosh, sinh`` in turn."""
-    s, c = x.sinh(), x.cosh()
-    return [[c, s][m % 2] / math.factorial(m) for m in range(order + 1)]
+asin = _inverse(torch.asin, lambda x: (1 - x * x).sqrt())
+acos = _inverse(torch.acos, lambda x: (1 - x * x).sqrt(), -1.0)
+atan = _inverse(torch.atan, lambda x: 1 + x * x)
+asinh = _inverse(torch.asinh, lambda x: (1 + x * x).sqrt())
+acosh = _inverse(torch.acosh, lambda x: (x * x - 1).sqrt())
+atanh = _inverse(torch.atanh, lambda x: 1 - x * x)
 
-
-def tan_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """``sin / cos``."""
-    return quotient_taylor(sin_taylor(x, order), cos_taylor(x, order))
-
-
-def _scaled(taylor: Taylor, rate: float, factor: float = 1.0) -> Taylor:
-    """``factor f(rate x)``."""
-    return lambda x, order: [f * (factor * rate**m) for m, f in enumerate(taylor(x * rate, order))]
-
-
-def _inverse(value: Callable[[Tensor], Tensor], exponent: float, *squares: float) -> Taylor:
-    """A function with derivative ``(c_0 + c_1 x + c_2 x^2)^exponent``, given its value."""
-
-    def taylor(x: Tensor, order: int) -> list[Tensor]:
-        inner = polynomial_taylor(x, max(order - 1, 0), *squares)
-        # y = u^p, from u y' = p u' y: m u_0 y_m = sum_{j=1..m} (p j - (m - j)) u_j y_{m-j}
-        slope = [inner[0] ** exponent]
-        for m in range(1, order):
-            total = sum(((exponent * j - (m - j)) * inner[j] * slope[m - j] for j in range(1, m + 1)), inner[0] * 0)
-            slope.append(total / (m * inner[0]))
-        return integral_taylor(value(x), slope)[: order + 1]
-
-    return taylor
-
-
-for _op, _taylor in (
-    (aten.exp.default, exp_taylor),
-    (aten.exp2.default, _scaled(exp_taylor, math.log(2))),
-    (aten.expm1.default, expm1_taylor),
-    (aten.log.default, log_taylor),
-    (aten.log2.default, _scaled(log_taylor, 1, 1 / math.log(2))),
-    (aten.log10.default, _scaled(log_taylor, 1, 1 / math.log(10))),
-    (aten.log1p.default, log1p_taylor),
-    (aten.sin.default, sin_taylor),
-    (aten.cos.default, cos_taylor),
-    (aten.tan.default, tan_taylor),
-    (aten.sinh.default, sinh_taylor),
-    (aten.cosh.default, cosh_taylor),
-    (aten.asin.default, _inverse(torch.asin, -0.5, 1, 0, -1)),
-    (aten.acos.default, lambda x, order: [-f for f in _inverse(lambda u: -torch.acos(u), -0.5, 1, 0, -1)(x, order)]),
-    (aten.atan.default, _inverse(torch.atan, -1, 1, 0, 1)),
-    (aten.asinh.default, _inverse(torch.asinh, -0.5, 1, 0, 1)),
-    (aten.acosh.default, _inverse(torch.acosh, -0.5, -1, 0, 1)),
-    (aten.atanh.default, _inverse(torch.atanh, -1, 1, 0, -1)),
+for _op, _statement in (
+    (aten.exp.default, exp),
+    (aten.exp2.default, lambda x: exp(x * math.log(2))),
+    (aten.expm1.default, expm1),
+    (aten.log.default, log),
+    (aten.log2.default, lambda x: log(x) * (1 / math.log(2))),
+    (aten.log10.default, lambda x: log(x) * (1 / math.log(10))),
+    (aten.log1p.default, log1p),
+    (aten.sin.default, sin),
+    (aten.cos.default, cos),
+    (aten.tan.default, tan),
+    (aten.sinh.default, sinh),
+    (aten.cosh.default, cosh),
+    (aten.asin.default, asin),
+    (aten.acos.default, acos),
+    (aten.atan.default, atan),
+    (aten.asinh.default, asinh),
+    (aten.acosh.default, acosh),
+    (aten.atanh.default, atanh),
 ):
-    unary(_op, _taylor)
+    unary(_op, _statement)

@@ -14,23 +14,24 @@ from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
 aten = torch.ops.aten
 
 
-def product_block(a: Any, b: Any, shape: torch.Size) -> Tensor:
-    """Orders ``1..R`` of ``a b``: ``y_r = a_0 b_r + a_r b_0 + sum_{i=1..r-1} a_i b_{r-i}``."""
+def product_block(a: Any, b: Any, shape: torch.Size, start: Tensor | None = None) -> Tensor:
+    """Orders ``1..R`` of ``a b``: ``y_r = a_0 b_r + a_r b_0 + sum_{i=1..r-1} a_i b_{r-i}``, plus those in ``start``."""
     a0, b0, ac, bc = primal_of(a), primal_of(b), block_of(a), block_of(b)
     if ac is None:
         assert bc is not None
         a0, b0, ac, bc = b0, a0, bc, ac
-    out = lift(ac, len(shape)) * b0
+    lifted, n = lift(ac, len(shape)), len(shape)
+    first = 2 * b0 if ac is bc else b0
+    out = lifted * first if start is None else torch.addcmul(lift(start, n), lifted, first)
     if bc is None:
         return stretch(out, shape)
     if ac is bc:
-        out *= 2
-        add_square(out, ac)
+        add_square(out, lifted)
         return out
-    lifted = lift(bc, len(shape))
-    out.addcmul_(lifted, a0)
+    other = lift(bc, n)
+    out.addcmul_(other, a0)
     if out.shape[0] > 1:
-        add_cauchy(out, lift(ac, len(shape)), lifted)
+        add_cauchy(out, lifted, other)
     return out
 
 
@@ -58,7 +59,12 @@ def div(a: Any, b: Any) -> JetTensor:
 @jet_rule(aten.addcmul.default)
 def addcmul(x: Any, a: Any, b: Any, *, value: float = 1) -> Any:
     """``y = x + value a b``."""
-    return x + (a * b if value == 1 else a * b * value)
+    if value != 1 and a is not b:
+        return torch.addcmul(x, a, b * value)
+    if value != 1 or (block_of(a) is None and block_of(b) is None):
+        return x + a * b * value
+    primal = torch.addcmul(primal_of(x), primal_of(a), primal_of(b))
+    return jet(primal, product_block(a, b, primal.shape, block_of(x)), lead_of((x, a, b)))
 
 
 @jet_rule(aten.addcdiv.default)

@@ -6,20 +6,19 @@ from typing import Any
 
 import torch
 
+from lightning_sketch.jets.equations import evaluate
 from lightning_sketch.jets.registry import jet_rule
+from lightning_sketch.jets.rules.pointwise import exp, log
 from lightning_sketch.jets.rules.views import from_end
-from lightning_sketch.jets.series import compose, divide
+from lightning_sketch.jets.series import divide
 from lightning_sketch.jets.tensor import JetTensor, jet
 
 aten = torch.ops.aten
 
 
 def _exponentials(x: JetTensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """Orders ``1..R`` of ``exp(x - logsumexp(x_0))``, whose primal is the softmax: ``f_m = p_0 / m!``."""
-    f = [probabilities]
-    for m in range(1, x.lead[0] + 1):
-        f.append(f[-1] / m)
-    return compose(x.coefficients, f)
+    """Orders ``1..R`` of ``exp(x - logsumexp(x_0))``, whose primal is the softmax."""
+    return evaluate(lambda s: exp(s, probabilities), x.primal, x.coefficients)[1]
 
 
 @jet_rule(aten._softmax.default)
@@ -41,27 +40,25 @@ def safe_softmax(x: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
 def _softmax_of(x: JetTensor, dim: int, primal: torch.Tensor) -> JetTensor:
     e = _exponentials(x, primal)
     total = e.sum(from_end(dim, x.ndim), keepdim=True)
-    ones = torch.ones_like(primal.sum(dim, keepdim=True))
-    return jet(primal, divide(e, primal, ones, total, primal.shape), x.lead)
+    return jet(primal, divide(e, primal, None, total, primal.shape), x.lead)
 
 
 @jet_rule(aten._log_softmax.default)
 def log_softmax(x: Any, dim: int, half_to_float: bool = False) -> Any:
-    """``y = x - log(sum e)``; the sum's primal is one, so its logarithm has coefficients ``(-1)^(m-1) / m``."""
+    """``y = x - log(sum e)``; the sum's primal is one."""
     if not x.ndim:
         return log_softmax(x.view(1), 0).view(())
     primal = torch.log_softmax(x.primal, dim)
     total = _exponentials(x, primal.exp()).sum(from_end(dim, x.ndim), keepdim=True)
     one = torch.ones_like(primal.sum(dim, keepdim=True))
-    log_total = compose(total, [one * 0, *(one * ((-1) ** (m - 1) / m) for m in range(1, x.lead[0] + 1))])
-    return jet(primal, x.coefficients - log_total, x.lead)
+    return jet(primal, x.coefficients - evaluate(log, one, total)[1], x.lead)
 
 
 @jet_rule(aten._softmax_backward_data.default)
 def softmax_backward(grad: Any, y: Any, dim: int, input_dtype: torch.dtype) -> Any:
     """``y grad - y sum(y grad)``."""
     product = grad * y
-    return product - y * product.sum(dim, keepdim=True)
+    return torch.addcmul(product, y, -product.sum(dim, keepdim=True))
 
 
 @jet_rule(aten._log_softmax_backward_data.default)

@@ -1,18 +1,34 @@
-"""Special functions, from their differential equations or known derivatives, and functions of two variables."""
+"""Special functions, and functions of two variables.
+
+Bessel and polygamma functions state their Taylor coefficients ``f_m = f^(m)(x_0) / m!``, because their equations divide
+by ``x``, which may be zero, or do not exist. They are composed by Horner's scheme at every degree.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_sketch.jets.equations import Series, Statement
 from lightning_sketch.jets.registry import jet_rule
-from lightning_sketch.jets.rules.pointwise import Taylor, apply, product_taylor, unary
+from lightning_sketch.jets.rules.pointwise import unary
+from lightning_sketch.jets.series import compose
 from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
 
 aten = torch.ops.aten
+
+# (x_0, highest order) -> [f_0, ..., f_order]
+Taylor = Callable[[Tensor, int], list[Tensor]]
+
+
+def apply_taylor(x: JetTensor, taylor: Taylor) -> JetTensor:
+    """``y = f(x)`` by Horner's scheme."""
+    f = taylor(x.primal, x.lead[0])
+    return jet(f[0], compose(x.coefficients, f), x.lead)
 
 
 def _polygamma(n: int, x: Tensor) -> Tensor:
@@ -29,39 +45,32 @@ def lgamma_taylor(x: Tensor, order: int) -> list[Tensor]:
     return [x.lgamma(), *(_polygamma(m - 1, x) / math.factorial(m) for m in range(1, order + 1))]
 
 
-def _inverse_error(value: Any, factor: float, rate: float) -> Taylor:
-    """``f' = factor exp(rate f^2)``: an inverse error function or normal quantile."""
+def _inverse_error(value: Any, factor: float, rate: float) -> Statement:
+    """``y' = s x'``, ``s = factor exp(rate y^2)``, ``s' = 2 rate y y' s``: an inverse error function or a quantile."""
 
-    def taylor(x: Tensor, order: int) -> list[Tensor]:
-        f = [value(x)]
-        slope = [factor * torch.exp(rate * f[0] * f[0])]
-        for m in range(1, order + 1):
-            f.append(slope[m - 1] / m)
-            square = product_taylor(f, f)
-            # s = exp(u), from s' = u' s: m s_m = sum_{j=1..m} j u_j s_{m-j}
-            total = sum((j * rate * square[j] * slope[m - j] for j in range(1, m + 1)), torch.zeros_like(x))
-            slope.append(total / m)
-        return f
+    def statement(x: Series) -> Series:
+        y = x.unknown(value(x[0]))
+        slope = x.unknown(factor * torch.exp(rate * y[0] * y[0]))
+        change = slope * x.theta()
+        y.integrate(change)
+        slope.integrate(y * slope * change * (2.0 * rate))
+        return y
 
-    return taylor
+    return statement
 
 
-def erfcx_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """``exp(x^2) erfc(x)``, from ``f' = 2 x f - 2 / sqrt(pi)``."""
-    f = [torch.special.erfcx(x)]
-    for m in range(order):
-        below = f[m - 1] if m else -1 / math.sqrt(math.pi)
-        f.append(2 * (x * f[m] + below) / (m + 1))
-    return f
+def erfcx(x: Series) -> Series:
+    """``exp(x^2) erfc(x)``: ``y' = (2 x y - 2 / sqrt(pi)) x'``."""
+    return x.solve(torch.special.erfcx(x[0]), lambda y: (x * y - 1 / math.sqrt(math.pi)) * 2.0)
 
 
-def log_ndtr_taylor(x: Tensor, order: int) -> list[Tensor]:
-    """``log Phi(x)``: ``f' = h``, the inverse Mills ratio, for which ``h' = -h (x + h)``."""
-    h = [math.sqrt(2 / math.pi) / torch.special.erfcx(-x / math.sqrt(2))]
-    for m in range(order - 1):
-        below = h[m - 1] if m else torch.zeros_like(x)
-        h.append(-(x * h[m] + below + product_taylor(h, h)[m]) / (m + 1))
-    return [torch.special.log_ndtr(x), *(h[m - 1] / m for m in range(1, order + 1))]
+def log_ndtr(x: Series) -> Series:
+    """``log Phi(x)``: ``y' = h x'``, the inverse Mills ratio, for which ``h' = -h (x + h) x'``."""
+    mills = x.solve(
+        math.sqrt(2 / math.pi) / torch.special.erfcx(-x[0] / math.sqrt(2)),
+        lambda h: -(h * (x + h)),
+    )
+    return x.solve(torch.special.log_ndtr(x[0]), lambda y: mills)
 
 
 def _scaled_bessel_taylor(x: Tensor, order: int) -> list[Tensor]:
@@ -97,8 +106,16 @@ def _slope(f: list[Tensor]) -> list[Tensor]:
 
 def _damped(x: Tensor, f: list[Tensor]) -> list[Tensor]:
     """``exp(|x_0| - |x|)`` times a series, on the branch of the primal."""
-    sign = x.sign()
-    return product_taylor([(-sign) ** m / math.factorial(m) for m in range(len(f))], f)
+    e = [(-x.sign()) ** m / math.factorial(m) for m in range(len(f))]
+    return [sum((e[i] * f[m - i] for i in range(m + 1)), torch.zeros_like(x)) for m in range(len(f))]
+
+
+def _from_taylor(op: Any, taylor: Taylor) -> None:
+    """Register a function of one variable that is composed by Horner's scheme."""
+
+    @jet_rule(op)
+    def taylor_rule(x: JetTensor) -> JetTensor:
+        return apply_taylor(x, taylor)
 
 
 for _op, _taylor in (
@@ -108,18 +125,22 @@ for _op, _taylor in (
     (aten.special_i1e.default, lambda x, order: _damped(x, _slope(_scaled_bessel_taylor(x, order + 1)))),
     (aten.lgamma.default, lgamma_taylor),
     (aten.digamma.default, polygamma_taylor(0)),
+):
+    _from_taylor(_op, _taylor)
+
+for _op, _statement in (
     (aten.erfinv.default, _inverse_error(torch.erfinv, math.sqrt(math.pi) / 2, 1)),
     (aten.special_ndtri.default, _inverse_error(torch.special.ndtri, math.sqrt(2 * math.pi), 0.5)),
-    (aten.special_erfcx.default, erfcx_taylor),
-    (aten.special_log_ndtr.default, log_ndtr_taylor),
+    (aten.special_erfcx.default, erfcx),
+    (aten.special_log_ndtr.default, log_ndtr),
 ):
-    unary(_op, _taylor)
+    unary(_op, _statement)
 
 
 @jet_rule(aten.polygamma.default)
 def polygamma(n: int, x: JetTensor) -> JetTensor:
     """The derivatives of the digamma function."""
-    return apply(x, polygamma_taylor(n))
+    return apply_taylor(x, polygamma_taylor(n))
 
 
 @jet_rule(aten.hypot.default)
