@@ -11,6 +11,9 @@ A sketch is a directory of ``sketch.json`` and safetensors files:
 - ``primal-*`` holds every tensor of the user's own run once. ``coefficients-*`` hold the shards, name ->
   ``(R, P, k, *S)``: orders 1 to R, ``P`` = 2 (re, im) or 1 (real directions only), and the ``k`` directions whose rows
   ``coefficients.shards[].directions`` lists. A tensor that does not change with the data is absent there.
+- ``coefficients.exponents`` holds one integer ``e_j`` for each of the ``K`` directions, at most 4096 in size: what a
+  shard holds as order ``r`` of direction ``j`` MUST be read as ``2^(r e_j)`` times the coefficient. So the high orders
+  of a geometric series stay within float32.
 - ``units-*`` (``units``: int64 per example, -1 = not deletable) MUST be there unless example ``i`` is unit ``i``.
 - ``directions-*`` (``directions``: ``(K, n, 2)`` float64, real and imaginary parts) MUST be there unless
   ``directions.recipe`` gives the array back and it has at most 2^28 entries. ``directions.probe`` is ``Psi w`` with
@@ -34,6 +37,7 @@ import safetensors
 import torch
 
 from lightning_sketch.errors import SketchError
+from lightning_sketch.shadow.scaling import MAX_EXPONENT
 
 FORMAT_VERSION = 1
 
@@ -63,6 +67,10 @@ def _is_count(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return _is_count(value) and value > 0
+
+
+def _is_exponent(value: Any) -> bool:
+    return type(value) is int and abs(value) <= MAX_EXPONENT
 
 
 def _is_text(value: Any) -> bool:
@@ -110,6 +118,7 @@ _SCHEMA: dict[str, Any] = {
     "primal": {"file": _is_file, "tensors": ({"dtype": _one_of(*DTYPES), "shape": _is_shape},)},
     "coefficients": {
         "names": [_is_text],
+        "exponents": [_is_exponent],
         "shards": [{"file": _is_file, "planes": _one_of(1, 2), "directions": [_is_count]}],
     },
     "files": ({"bytes": _is_count, "sha256": _is_digest},),
@@ -151,6 +160,7 @@ def _inconsistency(metadata: dict[str, Any]) -> str | None:
         "num_directions": len(rows) == k and sorted(rows) == list(range(k)),
         "directions.file": metadata["directions"]["file"] is not None or n * k <= MAX_REGENERATED_ENTRIES,
         "directions.probe": len(probe) == k and all(len(row) == 2 for row in probe),
+        "coefficients.exponents": len(metadata["coefficients"]["exponents"]) == k,
         "coefficients.names": names and len(set(names)) == len(names) and set(names) <= set(primal["tensors"]),
         "files": sorted(files) == sorted(metadata["files"]),
     }

@@ -37,6 +37,7 @@ from lightning_sketch._sketch_format import (
 from lightning_sketch._sketch_writer import SketchWriter, writing
 from lightning_sketch.directions import Directions, count_directions, count_units, make_from_recipe, units_checksum
 from lightning_sketch.errors import ConfigurationError, SketchError
+from lightning_sketch.shadow.scaling import MAX_EXPONENT, scale_orders
 
 _PROBE_TOLERANCE = 1e-9
 # What two sketches must share to be parts of one: all but the directions.
@@ -45,17 +46,25 @@ _SAME_RUN = ("degree", "dtype", "num_examples", "num_units", "steps", "normaliza
 
 @dataclass(frozen=True)
 class Shard:
-    """The coefficients of some of the directions.
+    """The coefficients of some of the directions, as a run carries them.
 
     Args:
         indices: ``(k,)`` int64, the rows of ``Sketch.directions`` that this shard holds.
-        coefficients: parameter or buffer name -> ``(R, P, k, *S)`` float32 or float64: orders ``1 .. R``, ``P`` = 2
-            (real and imaginary parts) or 1 (all its directions are real), and the tensor's own shape ``S``. A tensor
-            that does not change with the data is absent.
+        scaled: parameter or buffer name -> ``(R, P, k, *S)`` float32 or float64: orders ``1 .. R``, ``P`` = 2 (real and
+            imaginary parts) or 1 (all its directions are real), and the tensor's own shape ``S``. Order ``r`` of
+            direction ``j`` is ``2^(r e_j)`` times the coefficient. A tensor that does not change with the data is
+            absent.
+        exponents: ``(k,)`` integers ``e``.
     """
 
     indices: np.ndarray
-    coefficients: dict[str, Tensor]
+    scaled: dict[str, Tensor]
+    exponents: np.ndarray
+
+    @cached_property
+    def coefficients(self) -> dict[str, Tensor]:
+        """``c_jr`` themselves, float64, in the shapes of ``scaled``; 0 or infinite where float64 does not hold them."""
+        return {name: scale_orders(block.double(), -self.exponents) for name, block in self.scaled.items()}
 
 
 class Sketch:
@@ -71,6 +80,7 @@ class Sketch:
         num_directions: ``K``.
         num_units: ``n``.
         num_examples: length of the training dataset.
+        exponents: ``(K,)`` int64, ``e_j`` of the coefficients in :class:`Shard`.
         num_bytes: size of all data files, in bytes.
         dtype: dtype of the coefficients, ``torch.float32`` or ``torch.float64``.
         steps: optimizer steps of the run.
@@ -87,6 +97,7 @@ class Sketch:
         self.num_directions: int = metadata["num_directions"]
         self.num_units: int = metadata["num_units"]
         self.num_examples: int = metadata["num_examples"]
+        self.exponents = np.array(metadata["coefficients"]["exponents"], dtype=np.int64)
         self.num_bytes: int = sum(entry["bytes"] for entry in metadata["files"].values())
         self.dtype: torch.dtype = DTYPES[metadata["dtype"]]
         self.steps: int = metadata["steps"]
@@ -150,7 +161,8 @@ class Sketch:
             SketchError: a shard is missing or altered.
         """
         for entry in self.metadata["coefficients"]["shards"]:
-            yield Shard(np.array(entry["directions"], dtype=np.int64), self._read(entry["file"]))
+            indices = np.array(entry["directions"], dtype=np.int64)
+            yield Shard(indices, self._read(entry["file"]), self.exponents[indices])
 
     def check_fits(self, module: torch.nn.Module) -> None:
         """Check that ``module`` has the tensors and the submodules of the sketched model.
@@ -226,6 +238,7 @@ class Sketch:
                     shards.append({"file": file, "planes": entry["planes"], "directions": rows})
                 start += sketch.num_directions
             metadata["coefficients"]["shards"] = writer.number(shards)
+            metadata["coefficients"]["exponents"] = np.concatenate([s.exponents for s in sketches]).tolist()
             writer.commit(metadata)
         return cls.load(out)
 
@@ -346,11 +359,13 @@ def write_sketch(
         entries: list[dict[str, Any]] = []
         layout: tuple[tuple[str, ...], torch.dtype] | None = None
         held: list[int] = []
+        exponents: dict[int, int] = {}
         for shard in shards:
             layout = _check_shard(shard, primal, real, degree, layout)
-            file = writer.save(f"coefficients-{len(entries):05d}", shard.coefficients)
+            file = writer.save(f"coefficients-{len(entries):05d}", shard.scaled)
             rows = [int(row) for row in shard.indices]
-            planes = next(iter(shard.coefficients.values())).shape[1]
+            exponents.update(zip(rows, shard.exponents.tolist(), strict=True))
+            planes = next(iter(shard.scaled.values())).shape[1]
             entries.append({"file": file, "planes": planes, "directions": rows})
             held += rows
         if layout is None or sorted(held) != list(range(directions.num_directions)):
@@ -382,7 +397,11 @@ def write_sketch(
                         for name, tensor in primal.items()
                     },
                 },
-                "coefficients": {"names": list(names), "shards": writer.number(entries)},
+                "coefficients": {
+                    "names": list(names),
+                    "exponents": [exponents[row] for row in range(directions.num_directions)],
+                    "shards": writer.number(entries),
+                },
             }
         )
     return Sketch.load(dirpath)
@@ -415,13 +434,18 @@ def _check_shard(
     layout: tuple[tuple[str, ...], torch.dtype] | None,
 ) -> tuple[tuple[str, ...], torch.dtype]:
     """Check a shard against the primal and the shard before it; return the names and the dtype it holds."""
-    indices, tensors = np.asarray(shard.indices), shard.coefficients
+    indices, tensors, exponents = np.asarray(shard.indices), shard.scaled, np.asarray(shard.exponents)
     if not tensors or indices.ndim != 1 or not len(indices) or indices.dtype.kind not in "iu":
         raise ConfigurationError(
             "`shards` holds one without integer `indices` (k,) or without coefficients: leave it out."
         )
     if indices.min() < 0 or indices.max() >= len(real):
         raise ConfigurationError(f"`shards` holds rows {indices.tolist()}: give rows of the {len(real)} directions.")
+    if exponents.shape != indices.shape or exponents.dtype.kind not in "iu" or abs(exponents).max() > MAX_EXPONENT:
+        raise ConfigurationError(
+            f"`shards` has exponents {exponents.tolist()} for rows {indices.tolist()}: give an integer for each, of "
+            f"size at most {MAX_EXPONENT}."
+        )
     planes = next(iter(tensors.values())).shape[1:2]
     if planes not in ((2,), (1,)) or (planes == (1,) and not real[indices].all()):
         raise ConfigurationError(

@@ -23,7 +23,7 @@ def make_primal(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def make_shards(directions: Directions, degree: int, size: int = 2, dtype: torch.dtype = torch.float32) -> list[Shard]:
-    """Shards of random coefficients; real directions first, each kind in shards of at most ``size``."""
+    """Shards of random numbers with exponents ``3 j - 4``; real directions first, at most ``size`` in each."""
     generator = torch.Generator().manual_seed(1)
     shards = []
     for rows, planes in ((np.flatnonzero(directions.real), 1), (np.flatnonzero(~directions.real), 2)):
@@ -33,7 +33,7 @@ def make_shards(directions: Directions, degree: int, size: int = 2, dtype: torch
                 name: torch.randn(degree, planes, len(part), *shape, generator=generator, dtype=dtype)
                 for name, shape in SHAPES.items()
             }
-            shards.append(Shard(part, blocks))
+            shards.append(Shard(part, blocks, 3 * part - 4))
     return shards
 
 

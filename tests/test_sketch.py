@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def test_round_trip(tmp_path: Path) -> None:
             assert torch.equal(sketch.primal[name], tensor)
         for read, expected in zip(sketch.shards(), make_shards(directions, 2), strict=True):
             assert read.indices.tolist() == expected.indices.tolist()
-            assert read.coefficients.keys() == expected.coefficients.keys()
-            assert all(torch.equal(read.coefficients[name], expected.coefficients[name]) for name in SHAPES)
+            assert read.exponents.tolist() == expected.exponents.tolist() == (3 * expected.indices - 4).tolist()
+            assert read.scaled.keys() == expected.scaled.keys()
+            assert all(torch.equal(read.scaled[name], expected.scaled[name]) for name in SHAPES)
         sketch.verify()
 
 
@@ -77,7 +79,7 @@ def test_round_trip_of_any_sketch(
     np.testing.assert_array_equal(sketch.directions, directions.array)
     for read, expected in zip(sketch.shards(), shards, strict=True):
         assert read.indices.tolist() == expected.indices.tolist()
-        assert all(torch.equal(read.coefficients[name], expected.coefficients[name]) for name in SHAPES)
+        assert all(torch.equal(read.scaled[name], expected.scaled[name]) for name in SHAPES)
     sketch.verify()
 
 
@@ -111,8 +113,21 @@ def test_format(tmp_path: Path) -> None:
     assert header["layer.bias"]["shape"] == [2, 2, 1, 3]
     begin, end = header["layer.bias"]["data_offsets"]
     values = struct.unpack("<12f", data[8 + header_length + begin : 8 + header_length + end])
-    expected = make_shards(make_directions(3, "basis+sphere", 4), 2)[3].coefficients["layer.bias"]
+    expected = make_shards(make_directions(3, "basis+sphere", 4), 2)[3].scaled["layer.bias"]
     assert list(values) == expected.flatten().tolist()
+    assert content["coefficients"]["exponents"] == [-4, -1, 2, 5, 8, 11, 14]
+
+
+def test_coefficients_are_what_is_stored_times_powers_of_two(tmp_path: Path) -> None:
+    """Oracle: ``ldexp`` of the stored numbers; orders that float32 does not hold, in float64."""
+    blocks = {"scale": torch.full((100, 1, 2), 0.75)}
+    shards = [Shard(np.array([1, 0]), blocks, np.array([7, -3]))]
+    sketch = write(tmp_path, directions=make_directions(np.eye(4)[:2], "", 4), degree=100, shards=shards)
+    assert sketch.exponents.tolist() == [-3, 7]
+    (shard,) = sketch.shards()
+    found = shard.coefficients["scale"]
+    assert found.dtype == torch.float64
+    assert found[:, 0].tolist() == [[0.75 * 2.0 ** (-7 * r), 0.75 * 2.0 ** (3 * r)] for r in range(1, 101)]
 
 
 def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
@@ -160,7 +175,7 @@ def test_size(tmp_path: Path) -> None:
     """Oracle: ``(1 + K P R) |theta| itemsize`` bytes, of the design, to 2 %."""
     theta = torch.zeros(20_000)
     directions = make_directions(8, "orthonormal", 50)
-    shards = [Shard(np.arange(4 * i, 4 * i + 4), {"w": torch.zeros(3, 2, 4, 20_000)}) for i in range(2)]
+    shards = [Shard(np.arange(4 * i, 4 * i + 4), {"w": torch.zeros(3, 2, 4, 20_000)}, np.arange(4)) for i in range(2)]
     sketch = write(
         tmp_path, primal={"w": theta}, directions=directions, shards=shards, degree=3, units=list(range(50)) * 2
     )
@@ -190,16 +205,19 @@ def test_one_shard_in_memory_at_a_time(tmp_path: Path) -> None:
 BAD_SHARDS: dict[str, Callable[[list[Shard]], list[Shard]]] = {
     "give each once": lambda shards: shards[:-1],
     "of them different": lambda shards: [*shards, shards[0]],
-    "rows of the 7 directions": lambda shards: [Shard(np.array([6, 7]), shards[0].coefficients)],
-    "P = ": lambda shards: [Shard(np.array([5, 6]), shards[0].coefficients)],
-    "not in `primal`": lambda shards: [Shard(shards[0].indices, {"other": shards[0].coefficients["scale"]})],
-    "of shape": lambda shards: [Shard(shards[0].indices, {"scale": shards[0].coefficients["layer.bias"]})],
-    "float16": lambda shards: [Shard(shards[0].indices, {"scale": shards[0].coefficients["scale"].half()})],
+    "rows of the 7 directions": lambda shards: [replace(shards[0], indices=np.array([6, 7]))],
+    "P = ": lambda shards: [replace(shards[0], indices=np.array([5, 6]))],
+    "not in `primal`": lambda shards: [replace(shards[0], scaled={"other": shards[0].scaled["scale"]})],
+    "of shape": lambda shards: [replace(shards[0], scaled={"scale": shards[0].scaled["layer.bias"]})],
+    "float16": lambda shards: [replace(shards[0], scaled={"scale": shards[0].scaled["scale"].half()})],
     "different names": lambda shards: [
         shards[0],
-        Shard(shards[1].indices, {"scale": shards[1].coefficients["scale"]}),
+        replace(shards[1], scaled={"scale": shards[1].scaled["scale"]}),
     ],
-    "without coefficients": lambda shards: [Shard(shards[0].indices, {})],
+    "integer for each": lambda shards: [replace(shards[0], exponents=np.zeros(3, dtype=int))],
+    "exponents .1.5": lambda shards: [replace(shards[0], exponents=np.array([1.5, 0]))],
+    "size at most 4096": lambda shards: [replace(shards[0], exponents=np.array([0, 4097]))],
+    "without coefficients": lambda shards: [replace(shards[0], scaled={})],
 }
 
 
@@ -348,12 +366,14 @@ def test_merge(tmp_path: Path) -> None:
     merged = Sketch.merge(parts, tmp_path / "out")
     assert merged.num_directions == 11
     np.testing.assert_array_equal(merged.directions, np.concatenate([part.directions for part in parts]))
+    assert merged.exponents.tolist() == [-4, -1, 2, 5, 8, 11, 14, -4, -1, 2, -4]
     assert merged.units.tolist() == UNITS
     assert all(torch.equal(merged.primal[name], tensor) for name, tensor in make_primal().items())
     shards = [(offset, shard) for offset, part in zip((0, 7, 10), parts, strict=True) for shard in part.shards()]
     for read, (offset, expected) in zip(merged.shards(), shards, strict=True):
         assert read.indices.tolist() == (expected.indices + offset).tolist()
-        assert all(torch.equal(read.coefficients[name], expected.coefficients[name]) for name in SHAPES)
+        assert read.exponents.tolist() == expected.exponents.tolist()
+        assert all(torch.equal(read.scaled[name], expected.scaled[name]) for name in SHAPES)
     merged.verify()
     Sketch.load(tmp_path / "out").verify()
 

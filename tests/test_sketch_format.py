@@ -220,6 +220,16 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
     "negative shape": forge("primal", "tensors", "scale", "shape", value=[-1]),
     "name that is not there": forge("coefficients", "names", value=["scale", "layer.bias", "other"]),
     "no names": forge("coefficients", "names", value=[]),
+    "no exponents": lambda content: content["coefficients"].pop("exponents"),
+    "exponents that are no list": forge("coefficients", "exponents", value=0),
+    "too few exponents": lambda content: content["coefficients"]["exponents"].pop(),
+    "too many exponents": lambda content: content["coefficients"]["exponents"].append(0),
+    "exponent that is a float": forge("coefficients", "exponents", 0, value=1.0),
+    "exponent that is a boolean": forge("coefficients", "exponents", 0, value=True),
+    "exponent that is text": forge("coefficients", "exponents", 0, value="1"),
+    "exponent that is null": forge("coefficients", "exponents", 6, value=None),
+    "huge exponent": forge("coefficients", "exponents", 6, value=4097),
+    "huge negative exponent": forge("coefficients", "exponents", 6, value=-(2**70)),
     "one direction twice": forge("coefficients", "shards", 0, "directions", value=[0, 0]),
     "file that is not listed": lambda content: content["files"].pop(content["primal"]["file"]),
     "no shards": forge("coefficients", "shards", value=[]),
@@ -261,6 +271,16 @@ def test_forged_metadata(tmp_path: Path, forgery: str) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_exponents_at_the_ends_of_their_range_are_read(tmp_path: Path) -> None:
+    """Oracle: ``ldexp``; nothing but zeros and infinities comes of them, at no great cost."""
+    write(tmp_path, degree=3)
+    resign(tmp_path, forge("coefficients", "exponents", value=[4096, -4096, 0, 0, 0, 0, 0]))
+    first = next(Sketch.load(tmp_path).shards())
+    assert first.exponents.tolist() == [4096, -4096]
+    assert not first.coefficients["scale"][:, :, 0].any()
+    assert first.coefficients["scale"][:, :, 1].isinf().all()
 
 
 def test_forged_checksum_of_stored_directions(tmp_path: Path) -> None:

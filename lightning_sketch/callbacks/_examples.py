@@ -45,19 +45,19 @@ class BatchUnits:
         self._traced = self.ids.next_batch(trainer, batch_idx)
 
     def of_batch(self, batch: Any) -> Tensor:
-        """Return the unit of every example, int64 ``(B,)``.
+        """Return the unit of every example, int64 ``(B,)``, on the CPU.
 
         Raises:
             ConfigurationError: if an example is not a row of the dataset.
         """
-        ids = self.ids.of_batch(batch, self._traced)
-        unknown = (ids < 0) | (ids >= len(self.of_example))
-        if bool(unknown.any()):
+        ids = self.ids.of_batch(batch, self._traced).numpy()
+        unknown = ids[(ids < 0) | (ids >= len(self.of_example))]
+        if len(unknown):
             raise ConfigurationError(
-                f"`ids` gave example {int(ids[unknown][0])}, but the train dataset has examples 0 to "
+                f"`ids` gave example {unknown[0]}, but the train dataset has examples 0 to "
                 f"{len(self.of_example) - 1}: make `ids` return rows of the train dataset."
             )
-        return torch.as_tensor(self.of_example)[ids]
+        return torch.from_numpy(self.of_example[ids])
 
 
 class AroundTrainingStep(pl.Callback):

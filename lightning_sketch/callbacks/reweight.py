@@ -79,12 +79,12 @@ class Reweight(AroundTrainingStep):
             raise ConfigurationError(f"`delete` must name units 0 to {n - 1} but is {self.delete}.")
         x[self.delete] = 1
         # a last entry for examples of unit -1
-        self._kept = torch.as_tensor(np.append(1 - x, 1.0)).to(pl_module.device, next(pl_module.parameters()).dtype)
+        self._kept = torch.as_tensor(np.append(1 - x, 1.0)).to(next(pl_module.parameters()).dtype)
         self._take_step(pl_module, lambda step, args: self._weighted(pl_module, step, args))
 
     def _weighted(self, module: pl.LightningModule, step: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        kept = self._kept[self._units.of_batch(args[0]).to(self._kept.device)]
+        kept = self._kept[self._units.of_batch(args[0])]  # on the CPU, where a look at it costs no wait for the device
         weighting = self.weighting
         if weighting.normalization == "remaining" and not bool(kept.any()):
             weighting = LossWeighting(weighting.loss, "batch")  # nothing is left of this batch: its loss is zero
-        return weighting(module, step, args, kept)
+        return weighting(module, step, args, kept.to(module.device, non_blocking=True))

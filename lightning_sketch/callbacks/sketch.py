@@ -16,7 +16,9 @@ from typing_extensions import override
 from lightning_sketch.callbacks._examples import AroundTrainingStep
 from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design
 from lightning_sketch.errors import ConfigurationError
-from lightning_sketch.shadow.jets_of_run import RunJets, check_update
+from lightning_sketch.jets.memory import give_back_freed_memory
+from lightning_sketch.shadow.checks import Readings, check_update
+from lightning_sketch.shadow.jets_of_run import RunJets
 from lightning_sketch.shadow.planning import (
     StepSize,
     check_memory,
@@ -26,7 +28,7 @@ from lightning_sketch.shadow.planning import (
     trained_bytes,
 )
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step
-from lightning_sketch.shadow.update import OptimizerSnapshot, count_state_tensors
+from lightning_sketch.shadow.update import Counts, OptimizerSnapshot, ask_counts, count_state_tensors
 from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting, Normalization, PerExampleLoss
 from lightning_sketch.shadow.wrapping import (
@@ -116,6 +118,8 @@ class SketchCallback(AroundTrainingStep):
         self._pending: StepRecord | None = None
         self._snapshot: OptimizerSnapshot | None = None
         self._tracked = TrackedTensors()
+        self._readings = Readings()
+        self._counts: Counts = {}
         self._state_tensors = 0
         self._depth = 0
         self._steps = 0  # optimizer steps whose jets are carried
@@ -150,13 +154,16 @@ class SketchCallback(AroundTrainingStep):
         assert self._drawn is not None
         dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
         rows = {parts: np.flatnonzero(self._drawn.real == (parts == 1)) for parts in (1, 2)}
+        measurements = sum(parts * len(r) for parts, r in rows.items())
+        kept = step.state(measurements, self.degree)
         sizes = {
-            parts: directions_per_pass(step, parts, self.degree, module.device)
+            parts: directions_per_pass(step, parts, self.degree, module.device, kept)
             if self.directions_per_pass == "auto"
             else int(self.directions_per_pass)
             for parts in rows
         }
-        check_memory(step, {parts: len(r) for parts, r in rows.items()}, sizes, self.degree, module.device)
+        counts = {parts: len(r) for parts, r in rows.items()}
+        check_memory(step, counts, sizes, self.degree, module.device, self._units.num_units)
         for parts, size in sizes.items():
             for start in range(0, len(rows[parts]), size):
                 indices = rows[parts][start : start + size]
@@ -203,10 +210,10 @@ class SketchCallback(AroundTrainingStep):
         self, trainer: pl.Trainer, module: pl.LightningModule, step: Callable[..., Any], args: tuple[Any, ...]
     ) -> Any:
         """Run the user's ``training_step``, remembering what it starts from."""
-        self._tracked.check(_tensors(module), self._steps)
+        self._tracked.check(_tensors(module), self._steps, self._readings)
         others = self._outside_optimizer(trainer, module)
         self._tracked.note(others)
-        units = self._units.of_batch(args[0])
+        units = self._units.of_batch(args[0]).to(module.device, non_blocking=True)
         outputs, self._pending = record_step(module, step, args, units, others, trainer.accumulate_grad_batches)
         return outputs
 
@@ -252,7 +259,9 @@ class SketchCallback(AroundTrainingStep):
                 f"SketchCallback does not support {type(optimizer).__name__}, whose steps evaluate the loss more than "
                 "once: use StableAdamW or SGD."
             )
-        self._snapshot = OptimizerSnapshot.capture(optimizer, self._names, pl_module) if self._records else None
+        self._snapshot = None
+        if self._records:
+            self._snapshot = OptimizerSnapshot.capture(optimizer, self._names, pl_module, self._counts)
 
     def _enter_step(self) -> None:
         self._depth += 1
@@ -266,7 +275,7 @@ class SketchCallback(AroundTrainingStep):
     def _advance(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Carry the coefficients through the step that has just been made."""
         snapshot, records = self._snapshot, self._records
-        self._snapshot, self._records = None, []
+        self._snapshot, self._records, self._counts = None, [], {}
         if snapshot is None:
             return
         assert self._original is not None
@@ -275,9 +284,15 @@ class SketchCallback(AroundTrainingStep):
             value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
             module.configure_gradient_clipping(twin, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
 
-        for block in self._blocks:
-            params = block.advance(module, self._original, self.weighting, records, snapshot, clip, self._steps)
-            check_update(params, snapshot, self._names, self._steps)
+        readings, step = self._readings, self._steps
+        try:
+            for block in self._blocks:
+                params = block.advance(module, self._original, self.weighting, records, snapshot, clip, step, readings)
+                check_update(params, snapshot, self._names, step, readings)
+                del params  # with its gradients, which the next pass need not keep
+            self._counts = ask_counts(snapshot.optimizer, self._names, readings)
+        finally:  # an exception may only follow from what a reading raises
+            readings.read()
         self._tracked.note(dict(module.named_parameters()))
         self._steps += 1
         if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
@@ -289,6 +304,7 @@ class SketchCallback(AroundTrainingStep):
         if not self._steps or trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(f"SketchCallback: no sketch was written to `{self.dirpath}`, since this was no training.")
             return
+        self._readings.read()
         self._write(pl_module, trainer.optimizers[0])
         growth = max(block.growth() for block in self._blocks)
         if growth > 1:
@@ -305,7 +321,7 @@ class SketchCallback(AroundTrainingStep):
         last = self._tracked.values
         primal = {name: last[name].cpu().contiguous() for name in _tensors(module) if name in last}
         shards = (
-            Shard(block.indices, {name: c.cpu() for name, c in block.coefficients(primal).items()})
+            Shard(block.indices, {name: c.cpu() for name, c in block.coefficients(primal).items()}, block.exponents)
             for block in self._blocks
         )
         write_sketch(
@@ -330,6 +346,7 @@ class SketchCallback(AroundTrainingStep):
             hook.remove()
         self._hooks = []
         self._forget()
+        give_back_freed_memory()
 
 
 def _tensors(module: pl.LightningModule) -> dict[str, Tensor]:

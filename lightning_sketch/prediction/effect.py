@@ -83,7 +83,8 @@ class Effect:
     Args:
         baseline: ``(*out)`` floating point, the output of the run as it was.
         coefficients: ``(R, K, *out)`` complex, coefficients of orders ``1..R`` along each direction; the imaginary part
-            is zero for real directions.
+            is zero for real directions. Those of a :class:`DeletionPredictor` are complex128, whatever the model's
+            dtype.
         directions: ``(K, n)`` complex128.
         units: ``(num_examples,)`` integers, the unit of each training example, -1 for none.
 

@@ -123,7 +123,9 @@ class MeanEstimator:
         """Return ``e_jr``, ``(degree, K, O)``, of one deletion with ``psi_j . x = products[j]``."""
         num_units = self._directions.shape[1]
         # Re(c conj(q)) = Re c Re q + Im c Im q, with q = C(n+r-1, r) (psi . x)^r.
-        q = np.stack([math.comb(num_units + r - 1, r) * _power(products, r) for r in range(1, degree + 1)])[..., None]
+        # The binomial goes into the base: alone it may be more than float64 holds, and the power less.
+        roots = [2 ** (math.log2(math.comb(num_units + r - 1, r)) / r) for r in range(1, degree + 1)]
+        q = np.stack([_power(root * products, r) for r, root in enumerate(roots, start=1)])[..., None]
         samples: np.ndarray = self._real[:degree] * q.real + self._imag[:degree] * q.imag
         return samples
 

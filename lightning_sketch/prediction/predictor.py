@@ -15,6 +15,7 @@ from lightning_sketch.prediction.effect import Effect
 from lightning_sketch.shadow.example_ids import batch_size
 from lightning_sketch.shadow.quiet import RandomState, quiet
 from lightning_sketch.shadow.record import call_with_tensors, differentiable_kernels
+from lightning_sketch.shadow.scaling import scale_orders
 from lightning_sketch.shadow.weighting import LossWeighting, training_loss
 from lightning_sketch.sketch import Shard, Sketch
 
@@ -73,11 +74,11 @@ class DeletionPredictor:
         for shard in self.sketch.shards():
             jet = self._run(shard, primal, batch, device)
             self._check(jet, batch)
-            block = jet.coefficients.detach().cpu()
+            block = scale_orders(jet.coefficients.detach().cpu().double(), -shard.exponents)
             if baseline is None or coefficients is None:
                 baseline = jet.primal.detach().cpu()
-                kind = torch.complex64 if baseline.dtype == torch.float32 else torch.complex128
-                coefficients = torch.zeros(self.sketch.degree, self.sketch.num_directions, *baseline.shape, dtype=kind)
+                shape = (self.sketch.degree, self.sketch.num_directions, *baseline.shape)
+                coefficients = torch.zeros(shape, dtype=torch.complex128)  # complex64 does not hold high orders
             imaginary = block[:, 1] if block.shape[1] == 2 else torch.zeros_like(block[:, 0])
             coefficients[:, torch.as_tensor(shard.indices)] = torch.complex(block[:, 0], imaginary)
         assert baseline is not None, "a sketch has at least one direction"
@@ -85,11 +86,11 @@ class DeletionPredictor:
         return Effect(baseline, coefficients, self.sketch.directions, self.sketch.units)
 
     def _run(self, shard: Shard, primal: dict[str, Tensor], batch: Any, device: torch.device) -> JetTensor:
-        parts = next(iter(shard.coefficients.values())).shape[1] if shard.coefficients else 1
+        parts = next(iter(shard.scaled.values())).shape[1] if shard.scaled else 1
         lead: Lead = (self.sketch.degree, parts, len(shard.indices))
         tensors: dict[str, Tensor] = {}
         for name, value in primal.items():
-            block = shard.coefficients.get(name)
+            block = shard.scaled.get(name)
             tensors[name] = value if block is None else wrap(value, [block.to(device)], lead)
         module, output = self.module, self.output
         with quiet(module, RandomState.capture(device)), differentiable_kernels():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.record import StepRecord, Weighting, replay
@@ -17,7 +20,8 @@ from lightning_sketch.shadow.record import StepRecord, Weighting, replay
 # glibc gives blocks above 32 MiB back to the kernel when they are freed; every operator would touch fresh pages.
 _LARGEST_ON_CPU = 32 << 20
 _SHARE_OF_GPU = 0.5  # of what is free, for one pass
-_TRANSIENT = 4  # blocks of the largest tensor that an operator holds at a time
+_HOLES = 1.7  # what the heap of glibc takes over what is alive in it, after some steps
+_TRANSIENT = 3  # blocks of the largest tensor that a rule holds beside what a plain operator holds
 
 
 def trained_bytes(params: Iterable[Tensor]) -> int:
@@ -37,22 +41,60 @@ class StepSize:
     Attributes:
         trained: of all trained parameters.
         state_tensors: how many tensors of a parameter's size the optimizer keeps.
-        saved: of all tensors saved for the backward pass, parameters excepted.
+        peak: of all tensors that forward and backward pass hold at a time, parameters excepted.
         largest: of the largest single tensor.
     """
 
     trained: int
     state_tensors: int
-    saved: int
+    peak: int
     largest: int
 
     def state(self, measurements: int, degree: int) -> int:
         """Coefficients of parameters and optimizer state, kept all the time."""
         return state_bytes(self.trained, self.state_tensors, measurements, degree)
 
+    def copies(self) -> int:
+        """Plain values: of the run, to compare with and to start from, and those that a pass computes itself."""
+        return (5 + 2 * self.state_tensors) * self.trained + self.peak
+
     def one_pass(self, directions: int, parts: int, degree: int) -> int:
-        """What one pass needs besides: activations, gradients, and what operators hold for a moment."""
-        return (self.saved + 2 * self.trained + _TRANSIENT * self.largest) * directions * parts * degree
+        """What one pass needs besides: activations and gradients, or in the update gradients and copies of them."""
+        return (max(self.peak, 2 * self.trained) + _TRANSIENT * self.largest) * directions * parts * degree
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Within, follows the bytes of the tensors that operators make, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.largest = 0
+        self._now = 0
+        self._sizes: dict[int, int] = {}  # by storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._meet((args, kwargs), new=False)
+        result = func(*args, **(kwargs or {}))
+        self._meet(result, new=True)
+        self.peak = max(self.peak, self._now)
+        return result
+
+    def _meet(self, values: Any, new: bool) -> None:
+        for t in tree_leaves(values):
+            if type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided:
+                continue
+            storage = t.untyped_storage()
+            key = storage._cdata
+            if key not in self._sizes:
+                size = storage.nbytes() if new else 0  # what was there before costs nothing
+                self._sizes[key] = size
+                self._now += size
+                self.largest = max(self.largest, size)
+                weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
 
 
 def measure_step(
@@ -63,7 +105,7 @@ def measure_step(
     params: Mapping[str, Tensor],
     state_tensors: int,
 ) -> StepSize:
-    """Run the recorded step once more on plain tensors and see what it keeps.
+    """Run the recorded step and its backward pass once more on plain tensors and see what they hold.
 
     Args:
         module: the user's LightningModule.
@@ -73,31 +115,63 @@ def measure_step(
         params: the parameters that the step saw, by name.
         state_tensors: how many tensors of a parameter's size the optimizer keeps.
     """
-    own = {p.data_ptr() for p in params.values()}
-    sizes: dict[int, int] = {}
-
-    def note(t: Tensor) -> None:  # nothing is kept: there is no backward pass, and a graph that holds itself leaks
-        if t.data_ptr() not in own:
-            sizes[t.data_ptr()] = max(sizes.get(t.data_ptr(), 0), t.numel() * t.element_size())
-
+    own = {name: p.detach().requires_grad_(p.requires_grad) for name, p in params.items()}
+    trained = [p for p in own.values() if p.requires_grad]
     weights = record.ones_like(params)
-    tensors = {**params, **record.copied_buffers()}
-    with saved_tensors_hooks(note, lambda kept: kept):
-        replay(module, record, training_step, weighting, weights, tensors, lambda loss: None)
-    largest = max([*sizes.values(), *(trained_bytes([p]) for p in params.values())])
-    return StepSize(trained_bytes(params.values()), state_tensors, sum(sizes.values()), largest)
+    tensors = {**own, **record.copied_buffers()}
+
+    def differentiate(loss: Tensor) -> None:
+        torch.autograd.grad(loss, trained, allow_unused=True)
+
+    with _LiveBytes() as live:
+        replay(module, record, training_step, weighting, weights, tensors, differentiate)
+    size = trained_bytes(trained)
+    held = size if record.accumulate > 1 else 0  # the gradient of the micro-batches before
+    largest = max([live.largest, *(trained_bytes([p]) for p in trained)])
+    return StepSize(size, state_tensors, live.peak + held, largest)
 
 
-def directions_per_pass(size: StepSize, parts: int, degree: int, device: torch.device) -> int:
-    """Return how many directions keep a pass in the allocator's cache (CPU) or in half of the free memory (GPU)."""
+def directions_per_pass(size: StepSize, parts: int, degree: int, device: torch.device, kept: int = 0) -> int:
+    """Return how many directions keep a pass in the allocator's cache (CPU) or in half of the free memory (GPU).
+
+    Args:
+        size: of one plain step.
+        parts: 1 for real directions, 2 for complex ones.
+        degree: highest order.
+        device: where they are kept.
+        kept: bytes of what is free that the coefficients of all directions will take.
+    """
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        free = (available_bytes(device) or 0) - kept
         return max(1, int(_SHARE_OF_GPU * free) // size.one_pass(1, parts, degree))
     return max(1, _LARGEST_ON_CPU // (size.largest * parts * degree))
 
 
+def planned_bytes(
+    size: StepSize,
+    counts: Mapping[int, int],
+    per_pass: Mapping[int, int],
+    degree: int,
+    device: torch.device,
+    units: int = 0,
+) -> int:
+    """Return the bytes expected at the peak; arguments as in :func:`check_memory`."""
+    passes = (size.one_pass(min(per_pass[parts], count), parts, degree) for parts, count in counts.items() if count)
+    transient = max(passes, default=0)
+    if device.type != "cuda":
+        transient = int(_HOLES * transient)
+    measurements = sum(parts * count for parts, count in counts.items())
+    directions = measurements * units * 8  # float64 at most
+    return size.copies() + size.state(measurements, degree) + directions + transient
+
+
 def check_memory(
-    size: StepSize, counts: Mapping[int, int], per_pass: Mapping[int, int], degree: int, device: torch.device
+    size: StepSize,
+    counts: Mapping[int, int],
+    per_pass: Mapping[int, int],
+    degree: int,
+    device: torch.device,
+    units: int = 0,
 ) -> int:
     """Return the bytes expected at the peak.
 
@@ -107,37 +181,56 @@ def check_memory(
         per_pass: how many of each one pass carries.
         degree: highest order.
         device: where they are kept.
+        units: how many units the directions have.
 
     Raises:
         ConfigurationError: if that is more than is free, naming how many directions would fit.
     """
-    transient = max(size.one_pass(min(per_pass[parts], count), parts, degree) for parts, count in counts.items())
-    measurements = sum(parts * count for parts, count in counts.items())
-    needed = size.state(measurements, degree) + transient
+
+    def planned(counts: Mapping[int, int], per_pass: Mapping[int, int] = per_pass) -> int:
+        return planned_bytes(size, counts, per_pass, degree, device, units)
+
+    needed = planned(counts)
     free = available_bytes(device)
-    if free is not None and needed > free:
-        total = sum(counts.values())
-        fits = max(0, (free - transient) * total // max(1, size.state(measurements, degree)))
-        raise ConfigurationError(
-            f"`directions`: {total} directions of degree {degree} need about {needed / 2**30:.3g} GiB, but "
-            f"{free / 2**30:.3g} GiB are free: about {fits} would fit, or use a lower `degree`, or run "
-            "several times with other seeds and merge the sketches."
-        )
-    return needed
+    if free is None or needed <= free:
+        return needed
+    total = sum(counts.values())
+    fit = bisect_right(range(total + 1), free, key=lambda fewer: planned(_in_proportion(counts, fewer))) - 1
+    passes = "a smaller `directions_per_pass`, " * (planned(counts, dict.fromkeys(per_pass, 1)) <= free)
+    raise ConfigurationError(
+        f"`directions`: {total} directions of degree {degree} need about {needed / 2**30:.3g} GiB, but "
+        f"{free / 2**30:.3g} GiB are free: {max(fit, 0)} would fit, or use {passes}a lower `degree`, or run "
+        "several times with other seeds and merge the sketches."
+    )
+
+
+def _in_proportion(counts: Mapping[int, int], total: int) -> dict[int, int]:
+    """As many directions as ``total``, real and complex ones in the proportion of ``counts``."""
+    real = total * counts.get(1, 0) // sum(counts.values())
+    return {1: real, 2: total - real}
 
 
 def available_bytes(device: torch.device) -> int | None:
     """Return the memory that is free on a device; ``None`` where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    group = Path("/sys/fs/cgroup")
+    in_group = _available_in_group(Path("/sys/fs/cgroup"))
+    return free if in_group is None else min(free, in_group)
+
+
+def _available_in_group(group: Path) -> int | None:
+    """What a container may still take; files that the kernel caches are given up when memory is needed."""
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+        return None
+    if limit == "max":
+        return None
+    return int(limit) - int(used) + int(stat["inactive_file"]) + int(stat["active_file"])

@@ -9,12 +9,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_sketch.errors import FidelityError
 from lightning_sketch.shadow.carried import forbid_reading, varying_attributes
+from lightning_sketch.shadow.checks import Readings
 from lightning_sketch.shadow.example_ids import tensors_of
 from lightning_sketch.shadow.quiet import ModuleState, RandomState, quiet
 from lightning_sketch.shadow.weighting import training_loss
@@ -30,7 +32,7 @@ class StepRecord:
 
     Attributes:
         args: what ``training_step`` was called with; the batch first.
-        units: unit of every example, int64 ``(B,)``, -1 = not deletable.
+        units: unit of every example, int64 ``(B,)`` on the device of the module, -1 = not deletable.
         random_state: generators at entry.
         module_state: attributes at entry.
         buffers: buffers, and parameters that the optimizer does not hold, at entry, by name; copied.
@@ -70,7 +72,7 @@ def record_step(
         module: the user's LightningModule.
         training_step: its unwrapped training step.
         args: what the Trainer calls it with.
-        units: unit of every example, ``(B,)``.
+        units: unit of every example, ``(B,)``, on the device of the module.
         buffers: what the step may change besides parameters of the optimizer, by name.
         accumulate: over how many micro-batches the gradient is averaged.
 
@@ -125,22 +127,29 @@ class TrackedTensors:
         """Copy what a tracked operation has just left."""
         self.values.update({name: t.detach().clone() for name, t in tensors.items()})
 
-    def check(self, tensors: Mapping[str, Tensor], step: int) -> None:
+    def check(self, tensors: Mapping[str, Tensor], step: int, readings: Readings) -> None:
         """Require the tensors to be as they were left.
 
-        Raises:
-            FidelityError: naming one that was changed.
+        Args:
+            tensors: as they are now, by name.
+            step: number of the optimizer step to come.
+            readings: which raises :class:`FidelityError` naming one that was changed.
         """
-        known = [(name, t) for name, t in tensors.items() if name in self.values]
-        changed = [_differs(t.detach(), self.values[name]) for name, t in known]
-        if changed and bool(torch.stack(changed).any()):
-            name = next(name for (name, _), c in zip(known, changed, strict=True) if c)
-            raise FidelityError(
-                f"`{name}` was changed before optimizer step {step} by something else than the optimizer and a "
-                "`training_step` with a loss (a hook, another callback, a step that returned None), so its Taylor "
-                "coefficients are lost: change it inside such a step, or keep a value that does not depend on the data "
-                "as a Python number."
-            )
+        known = {name: _differs(t.detach(), self.values[name]) for name, t in tensors.items() if name in self.values}
+        if not known:
+            return
+
+        def judge(changed: np.ndarray) -> None:
+            name = next((name for name, c in zip(known, changed, strict=True) if c), None)
+            if name is not None:
+                raise FidelityError(
+                    f"`{name}` was changed before optimizer step {step} by something else than the optimizer and a "
+                    "`training_step` with a loss (a hook, another callback, a step that returned None), so its Taylor "
+                    "coefficients are lost: change it inside such a step, or keep a value that does not depend on the "
+                    "data as a Python number."
+                )
+
+        readings.ask(torch.stack(list(known.values())), judge)
 
 
 def _differs(a: Tensor, b: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,10 +19,13 @@ from lightning_sketch.errors import ConfigurationError, UnsupportedOperatorError
 from lightning_sketch.jets.registry import varies
 from lightning_sketch.jets.tensor import JetTensor, Lead, constant, wrap
 from lightning_sketch.shadow.carried import flatten
+from lightning_sketch.shadow.checks import Readings
 from lightning_sketch.shadow.quiet import ModuleState, RandomState
 
 # (name of the parameter, key of the optimizer's state) -> coefficients, None where they are zero
 StateBlocks = dict[tuple[str, str], Tensor | None]
+# (name of the parameter, key of the optimizer's state) -> a number of the state, on the CPU
+Counts = dict[tuple[str, str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,16 @@ class OptimizerSnapshot:
     module_state: ModuleState
 
     @classmethod
-    def capture(cls, optimizer: Optimizer, names: Mapping[Tensor, str], module: Any) -> OptimizerSnapshot:
-        """Copy what the coming step will change; ``names`` maps the module's parameters to their names.
+    def capture(
+        cls, optimizer: Optimizer, names: Mapping[Tensor, str], module: Any, counts: Counts
+    ) -> OptimizerSnapshot:
+        """Copy what the coming step will change.
+
+        Args:
+            optimizer: the user's.
+            names: the module's parameters and their names.
+            module: the user's LightningModule.
+            counts: numbers of the state that are known on the CPU already.
 
         Raises:
             ConfigurationError: if the optimizer holds a parameter that is not the module's.
@@ -68,11 +80,40 @@ class OptimizerSnapshot:
                 members.append(name)
                 params[name] = p.detach().clone()
                 gradients[name] = None if p.grad is None else p.grad.detach().clone()
-                state[name] = {k: _copy(v) for k, v in optimizer.state.get(p, {}).items()}
+                state[name] = {k: _copy(counts.get((name, k), v)) for k, v in optimizer.state.get(p, {}).items()}
             groups.append({**{k: _copy(v) for k, v in group.items() if k != "params"}, "params": members})
         trainable = frozenset(name for p, name in names.items() if p.requires_grad)
         random_state = RandomState.capture(module.device)
         return cls(optimizer, groups, params, trainable, state, gradients, random_state, ModuleState(module))
+
+
+def ask_counts(optimizer: Optimizer, names: Mapping[Tensor, str], readings: Readings) -> Counts:
+    """Ask for the numbers that an optimizer keeps on the device, such as the step counts of fused kernels.
+
+    The kernels that our steps use read them one by one.
+
+    Returns:
+        Where they are found once ``readings`` are read.
+    """
+    counts: Counts = {}
+    asked = {
+        (names[p], key): value
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if p in names and _is_count_on_device(value) and value.shape != p.shape
+    }
+
+    def keep(values: np.ndarray) -> None:
+        for (place, value), number in zip(asked.items(), values, strict=True):
+            counts[place] = torch.tensor(number, dtype=value.dtype)
+
+    if asked:
+        readings.ask(torch.stack([value.double() for value in asked.values()]), keep)
+    return counts
+
+
+def _is_count_on_device(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 0 and not value.is_cpu
 
 
 def _copy(value: Any) -> Any:

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_sketch.errors import ConfigurationError, LightningSketchError
-from lightning_sketch.shadow.jets_of_run import TOLERANCE, check_loss
+from lightning_sketch.shadow.checks import TOLERANCE, Readings, check_loss
+from lightning_sketch.shadow.example_ids import tensors_of
 from lightning_sketch.shadow.record import StepRecord, replay
 from lightning_sketch.shadow.weighting import REMEDY, LossWeighting, WeightedReductions, refuse_unweighted
 
@@ -46,7 +47,9 @@ def verify_weighting(
     )  # affine in the weights; what the other one divides by couples examples
     step = _Step(module, training_step, plain, record, params)
     shares = step.shares(record.args[0])
-    check_loss(shares.loss, record, 0)
+    readings = Readings()
+    check_loss(shares.loss, record.loss, 0, readings)
+    readings.read()
     if not bool(shares.of_example.any()):
         raise ConfigurationError(f"`loss`: no part of the training loss belongs to an example of the batch: {REMEDY}.")
     _verify_linear(step, shares)
@@ -144,6 +147,8 @@ def _verify_attribution(step: _Step, shares: _Shares) -> None:
             f"`loss='auto'` cannot find the examples in the batch, a {type(batch).__name__} without a tensor whose "
             f"first dimension is {step.num_examples}: {REMEDY}."
         )
+    if all(torch.equal(a, b) for a, b in zip(tensors_of(batch), tensors_of(step.record.args[0]), strict=True)):
+        return  # one example of equal tokens
     changed = step.shares(batch)
     if not bool(changed.loss.isfinite()) or len(changed.terms) != len(shares.terms):
         return
@@ -200,7 +205,7 @@ def _changed(batch: Any, size: int, rows: slice) -> tuple[Any, bool]:
         elif size > 1:
             changed[rows] = torch.cat([batch[1:], batch[-1:]])[rows]  # stays sorted if it was
         else:
-            changed = batch.flip(-1)
+            changed = batch.roll(1, -1)  # a palindrome, when rolled, is none
         return changed, True
     if isinstance(batch, MutableMapping):
         found = {k: _changed(v, size, rows) for k, v in batch.items()}

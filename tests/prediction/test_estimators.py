@@ -95,6 +95,21 @@ def test_mean_is_unbiased(design):
     assert relative < 0.2  # so that the standard errors above are not merely wide
 
 
+def test_mean_of_high_orders_of_many_units():
+    """Oracle: the definition by a recurrence; the binomial of order 100 alone is beyond float64."""
+    n, degree = 200_000, 100
+    psi = draw("sphere", 2, n=n)
+    x = np.zeros((1, n))
+    x[0, :300] = 1
+    coefficients = np.exp(1j * np.arange(2 * degree).reshape(degree, 2, 1)) * 2.0 ** -np.arange(degree)[:, None, None]
+    terms, _ = MeanEstimator(psi, coefficients)(x, degree)
+    product = np.ones(2, dtype=complex)
+    for r in range(1, degree + 1):
+        product = product * (psi @ x[0]) * ((n + r - 1) / r)
+        expected = (coefficients[r - 1, :, 0] * product.conj()).real
+        assert abs(terms[r - 1, 0, 0] - expected.mean()) < 1e-12 * abs(product).max() * 2.0 ** (1 - r), r
+
+
 def test_mean_standard_error_counts_the_correlation_of_orders():
     """Oracle: the spread of 1,500 independent sketches; orders added in squares would give 0.8 of it."""
     rng = np.random.default_rng(2)

@@ -152,12 +152,45 @@ def test_runs_that_cannot_be_followed_are_refused(kind, error, message, tmp_path
         fit(kind, [sketch(tmp_path)])
 
 
-def test_coefficients_that_overflow_are_refused(tmp_path):
-    direction = torch.full((1, 12), 1e150, dtype=torch.float64).numpy()
-    with pytest.raises(
-        FidelityError, match="Taylor coefficients of the parameters are not finite after optimizer step 1"
-    ):
-        fit(Classifier, [sketch(tmp_path, direction, degree=3)])
+class HookThenNumber(GradientHook, ClipsByNumber):
+    """Its second fault only stops the re-run, whose gradient is wrong already."""
+
+
+class NanThenNumber(NotANumber):
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if self.global_step == 1:
+            ClipsByNumber.configure_gradient_clipping(self, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(HookThenNumber, "gradient hook"), (NanThenNumber, "training loss is nan at optimizer step 1")],
+)
+def test_the_cause_is_reported_and_not_what_follows_from_it(kind, message, tmp_path):
+    """Oracle: the first of two errors, though its number is read after the second was raised."""
+    with pytest.raises(FidelityError, match=message) as caught:
+        fit(kind, [sketch(tmp_path)])
+    assert isinstance(caught.value.__context__, UnsupportedOperatorError)
+
+
+class ChangedAtTheEnd(Classifier):
+    """Changes a parameter before a last batch whose gradient is thrown away."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.global_step == 5:
+            self.net[0].bias.data += 1
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if self.global_step < 5:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+def test_what_no_later_step_reads_is_read_at_the_end(tmp_path):
+    with pytest.raises(FidelityError, match=r"`net\.0\.bias` was changed before optimizer step 5"):
+        fit(ChangedAtTheEnd, [sketch(tmp_path)])
+    assert not (tmp_path / "sketch" / "sketch.json").exists()
 
 
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])

@@ -230,3 +230,9 @@ def test_a_mean_over_unpadded_tokens_belongs_to_examples(weight):
 def test_class_weights_belong_to_examples():
     weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     assert verify(stepping(lambda m, x, y: F.cross_entropy(m.net(x), y, weight=weight))) < 1e-12
+
+
+@pytest.mark.parametrize("tokens", [(1, 2, 1), (2, 2, 2)])
+def test_one_example_that_reads_the_same_backwards(tokens):
+    x = torch.tensor([tokens])
+    assert verify(padded(), (x, x % 3), examples=1) < 1e-12
