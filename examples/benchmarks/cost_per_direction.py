@@ -3,6 +3,8 @@
 A product of the primal with a coefficient is one real product, of two coefficients one (real directions) or four
 (complex ones), so a direction of degree R costs at least ``2R + R(R-1)/2`` real or ``4R + 2R(R-1)`` complex.
 
+Directions are carried in passes, as many at a time as `SketchCallback` chooses.
+
     python examples/benchmarks/cost_per_direction.py [--cases gpt] [--degrees 1 2] [--directions 8] [--real]
 """
 
@@ -44,7 +46,7 @@ def main() -> None:
         for degree in given.degrees:
             limit = 2 * degree + degree * (degree - 1) / 2 if given.real else 4 * degree + 2 * degree * (degree - 1)
             for directions in given.directions:
-                jets = seconds(case.jets(degree, directions, given.real), given.repeats)
+                jets = seconds(case.in_passes(degree, directions, given.real), given.repeats)
                 cost = jets / seconds(plain, 5 * given.repeats) / directions
                 kind = "real" if given.real else "complex"
                 row = f"| {case.name} | {degree} | {directions} {kind} | {cost:.1f} | {limit:g} | {cost / limit:.2f} |"

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_sketch.jets import JetTensor
+from lightning_sketch.shadow.planning import StepSize, directions_per_pass
 
 
 class Block(nn.Module):
@@ -86,6 +87,28 @@ class Case:
                 torch.autograd.grad(self.loss(params, weights), list(params.values()))
 
         return gradient
+
+    def in_passes(self, degree: int, directions: int, real: bool) -> Callable[[], None]:
+        """Return the gradients along all directions, as many at a time as `SketchCallback` would carry."""
+        size = StepSize(0, 0, 0, self.largest())
+        each = directions_per_pass(size, 1 if real else 2, degree, self.inputs.device)
+        counts = [min(each, directions - start) for start in range(0, directions, each)]
+        gradients = {count: self.jets(degree, count, real) for count in set(counts)}
+
+        def all_gradients() -> None:
+            for count in counts:
+                gradients[count]()
+
+        return all_gradients
+
+    def largest(self) -> int:
+        """Bytes of the largest output of a layer, or parameter."""
+        sizes = [p.nbytes for p in self.model.parameters()]
+        handles = [m.register_forward_hook(lambda *a: sizes.append(a[2].nbytes)) for m in self.model.modules()]
+        self.model(self.inputs)
+        for handle in handles:
+            handle.remove()
+        return max(sizes)
 
 
 def mlp() -> Case:

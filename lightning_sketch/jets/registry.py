@@ -18,12 +18,14 @@ from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 
 from lightning_sketch.errors import ConfigurationError, UnsupportedOperatorError
-from lightning_sketch.jets.tensor import JetTensor, Lead, arrange, block_of, constant, primal_of
+from lightning_sketch.jets.tensor import JetTensor, Lead, arrange, block_of, constant, jet, primal_of
 
 Rule = Callable[..., Any]
 F = TypeVar("F", bound=Rule)
 
 _REGISTERED: dict[OpOverload, Rule] = {}
+_COMPLEX: dict[OpOverload, Rule] = {}
+_SAME_FOR_COMPLEX: set[OpOverload] = set()
 _RESOLVED: dict[OpOverload, Rule] = {}
 
 # Which entries of the operator's result are on a kink along which they move, given its arguments.
@@ -142,7 +144,8 @@ def _resolve(op: OpOverload) -> Rule:
         pure = not schema.is_mutable and all(r.alias_info is None for r in schema.returns)
         return _skip_constants(op, rule) if pure else rule
     if torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd"):
-        return op.decompose
+        fused = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU")
+        return _skip_constants(op, op.decompose) if fused else op.decompose
     if schema.name.startswith("aten::_foreach_"):
         return _each_tensor(op)
     if torch.Tag.inplace_view in op.tags:
@@ -157,13 +160,123 @@ def _resolve(op: OpOverload) -> Rule:
 def _skip_constants(op: OpOverload, rule: Rule) -> Rule:
     """Where no argument varies, run the operator itself: dropout masks and factories cost nothing."""
     rule = _watched(op, rule)
+    draws = torch.Tag.nondeterministic_seeded in op.tags and op is not _FLASH_ATTENTION  # must not draw twice
+    exact, exact_in_full = op in _EXACT or draws, op in _EXACT_IN_FULL
 
     def pure_rule(*args: Any, **kwargs: Any) -> Any:
-        if varies((*args, *kwargs.values())):
-            return rule(*args, **kwargs)
-        return run_constant(op, *args, **kwargs)
+        if not varies((*args, *kwargs.values())):
+            return run_constant(op, *args, **kwargs)
+        dtypes = _dtypes_of((*args, *kwargs.values()))
+        if any(d.is_complex for d in dtypes):
+            return _complex_rule_of(op)(*args, **kwargs)
+        low = not dtypes.isdisjoint(LOW_PRECISION)
+        return rule(*args, **kwargs) if exact or (exact_in_full and not low) else _carry(op, rule, low, args, kwargs)
 
     return pure_rule
+
+
+# Where kernels compute in float32 and round their result once.
+LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
+
+
+def _carry(op: OpOverload, rule: Rule, low: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Apply a rule; the primal is always the kernel's own, to the last bit.
+
+    In low precision the coefficients are computed in float32 too, and rounded once per operator: matrix products
+    excepted, which are what low precision is for, and whose kernels accumulate in float32.
+    """
+    written = {i: args[i] for i in _WRITTEN.get(op, ()) if i < len(args) and type(args[i]) is JetTensor}
+    primals = [y.clone() if i in written else y for i, y in enumerate(_primals(args))]
+    values = op(*primals, **_primal_values(kwargs))
+    wide, wide_kwargs = list(args), kwargs
+    if low:
+        wide, wide_kwargs = _widened(args), dict(zip(kwargs, _widened(kwargs.values()), strict=True))
+    results = rule(*wide, **wide_kwargs)
+    for i, target in written.items():
+        target.primal.copy_(primals[i])
+        if wide[i] is not target:
+            write_block(target, wide[i].block, fresh=False)
+    return _with_primals(values, results)
+
+
+def _overloads(names: str) -> frozenset[OpOverload]:
+    """Overloads by name, ``default`` where none is named."""
+    pairs = (name.partition(".") for name in names.split())
+    return frozenset(getattr(getattr(torch.ops.aten, name), kind or "default") for name, _, kind in pairs)
+
+
+# Rules whose primal is the kernel's in any case: products, what rounds once or not at all, and what chooses a kernel.
+_EXACT = _overloads(
+    "mm bmm addmm baddbmm convolution convolution_backward clone neg cat stack embedding index_select _to_copy "
+    "_use_cudnn_ctc_loss _use_cudnn_ctc_loss.Tensor"
+)
+# The same in float32; in low precision their coefficients would be rounded several times.
+_EXACT_IN_FULL = _overloads("add.Tensor sub.Tensor mul.Tensor div.Tensor sum sum.dim_IntList mean.dim relu where.self")
+_FLASH_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default  # its kernel has no dropout
+# What kernels write into without saying so in their schema: running statistics.
+_WRITTEN = dict.fromkeys((torch.ops.aten.native_batch_norm.default, torch.ops.aten.cudnn_batch_norm.default), (3, 4))
+
+
+def _widened(args: Any) -> list[Any]:
+    return [_widened(a) if isinstance(a, (list, tuple)) else _wide(a) for a in args]
+
+
+def _wide(x: Any) -> Any:
+    """``x`` in float32 if it is in less."""
+    if not isinstance(x, Tensor) or x.dtype not in LOW_PRECISION:
+        return x
+    if type(x) is not JetTensor:
+        return x.float()
+    return jet(x.primal.float(), None if x.block is None else x.block.float(), x.lead)
+
+
+def _with_primals(values: Any, results: Any) -> Any:
+    """``results`` with the values and in the dtypes that the kernel gave."""
+    if isinstance(values, (list, tuple)):
+        return type(values)(_with_primals(v, y) for v, y in zip(values, results, strict=True))
+    if type(results) is not JetTensor or not (values.dtype.is_floating_point or values.dtype.is_complex):
+        return values
+    return jet(values, results.block, results.lead)
+
+
+def complex_rule(*operators: OpOverload) -> Callable[[F], F]:
+    """Register what carries operators where an argument is complex; rules of real tensors never see complex ones."""
+
+    def register(rule: F) -> F:
+        for op in operators:
+            _COMPLEX[op] = rule
+        return rule
+
+    return register
+
+
+def holds_for_complex(*operators: OpOverload) -> None:
+    """Say that the registered rules of these operators are right where an argument is complex, too."""
+    _SAME_FOR_COMPLEX.update(operators)
+
+
+def _complex_rule_of(op: OpOverload) -> Rule:
+    rule = _REGISTERED.get(op) if op in _SAME_FOR_COMPLEX else _COMPLEX.get(op)
+    if rule is None:
+        raise UnsupportedOperatorError(
+            f"`{op}` (in {calling_module()}) has no jet rule for complex tensors: of these only linear operators, "
+            "products, quotients, absolute values and Fourier transforms are carried. Write it in real and imaginary "
+            "parts, with `torch.view_as_real`."
+        )
+    return rule
+
+
+def _dtypes_of(args: Any) -> set[torch.dtype]:
+    """Return the dtypes of all tensors among the arguments, also inside lists."""
+    found: set[torch.dtype] = set()
+    for a in args:
+        if isinstance(a, Tensor):
+            found.add(a.dtype)
+        elif isinstance(a, complex):
+            found.add(torch.complex128)
+        elif isinstance(a, (list, tuple)):
+            found |= _dtypes_of(a)
+    return found
 
 
 def _decomposed(op: OpOverload) -> Rule:
@@ -354,7 +467,7 @@ def run_constant(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
 
 def _wrap_constants(result: Any, lead: Lead) -> Any:
     if isinstance(result, Tensor):
-        return constant(result, lead) if result.dtype.is_floating_point else result
+        return constant(result, lead) if result.dtype.is_floating_point or result.dtype.is_complex else result
     if isinstance(result, (list, tuple)):
         return type(result)(_wrap_constants(r, lead) for r in result)
     return result

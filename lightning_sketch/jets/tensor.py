@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.errors import ConfigurationError, UnsupportedOperatorError
+from lightning_sketch.jets.memory import keep_freed_memory
 
 Lead = tuple[int, int, int]
 
@@ -45,6 +46,7 @@ class JetTensor(torch.Tensor):
     def __new__(cls, primal: Tensor, coefficients: Tensor, requires_grad: bool = False) -> JetTensor:
         """Wrap ``primal`` and ``coefficients``, copying only what has gaps, overlaps or another memory order."""
         _validate(primal, coefficients)
+        keep_freed_memory()
         if not _is_dense(primal):
             primal = primal.clone(memory_format=torch.contiguous_format)
         r, p, k = coefficients.shape[:3]
@@ -55,7 +57,7 @@ class JetTensor(torch.Tensor):
         """Orders ``1..R`` as one real tensor ``(R, P, K, *S)``; writing into it changes this tensor."""
         block = self._cell[0]
         if block is None:
-            block = self._cell[0] = _like_layout(self.primal, self.lead, torch.zeros)
+            block = self._cell[0] = like_layout(self.primal, self.lead, torch.zeros)
         return block
 
     @property
@@ -166,25 +168,16 @@ def wrap(primal: Tensor, cell: list[Tensor | None], lead: Lead, requires_grad: b
 
 def jet(primal: Tensor, block: Tensor | None, lead: Lead) -> JetTensor:
     """Make a JetTensor of a fresh operator result; the coefficients take the primal's dtype and memory order."""
-    if not primal.dtype.is_floating_point:
-        refuse_complex(primal.dtype)
+    if not primal.dtype.is_floating_point and not primal.dtype.is_complex:
+        raise UnsupportedOperatorError(
+            f"A value that depends on the weights became {primal.dtype}, but jets are of floating-point values: leave "
+            "it in floating point, or compute it from `detach()`ed values."
+        )
     if block is not None:
         if block.dtype != primal.dtype:
             block = block.to(primal.dtype)
         block = arrange(block, primal)
     return wrap(primal, [block], lead)
-
-
-def refuse_complex(dtype: torch.dtype) -> None:
-    """Raise the error for a complex value that varies with the weights.
-
-    Raises:
-        UnsupportedOperatorError: always.
-    """
-    raise UnsupportedOperatorError(
-        f"A value that depends on the weights became {dtype}, but jets are of real floating-point values: write the "
-        "computation in real and imaginary parts."
-    )
 
 
 def constant(primal: Tensor, lead: Lead) -> JetTensor:
@@ -220,6 +213,8 @@ def is_arranged(block: Tensor, primal: Tensor) -> bool:
             factor = ratio
         elif factor != ratio:
             return False
+    if primal.is_complex():  # the two parts of a number lie side by side
+        return factor is None or factor == 1
     return factor is None or (factor >= 1 and factor == int(factor))
 
 
@@ -228,7 +223,7 @@ def arrange(block: Tensor, primal: Tensor) -> Tensor:
     if is_arranged(block, primal):
         return block
     lead = (block.shape[0], block.shape[1], block.shape[2])
-    return _like_layout(primal, lead, torch.empty).copy_(block)
+    return like_layout(primal, lead, torch.empty).copy_(block)
 
 
 def _is_dense(primal: Tensor) -> bool:
@@ -239,7 +234,7 @@ def _is_dense(primal: Tensor) -> bool:
     return all(n <= 1 or a == b for n, a, b in zip(primal.shape, dense.stride(), primal.stride(), strict=True))
 
 
-def _like_layout(primal: Tensor, lead: Lead, factory: Callable[..., Tensor]) -> Tensor:
+def like_layout(primal: Tensor, lead: Lead, factory: Callable[..., Tensor]) -> Tensor:
     """A block ``(R, P, K, *S)`` whose trailing strides are those of the primal, with its gaps and overlaps."""
     span = 1 + sum((n - 1) * s for n, s in zip(primal.shape, primal.stride(), strict=True)) if primal.numel() else 0
     flat = factory(*lead, span, dtype=primal.dtype, device=primal.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -201,6 +201,16 @@ def differentiable_kernels() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
+def _precision_of(module: Any) -> AbstractContextManager[None]:
+    """Autocast or the default dtype, as the Trainer has them around ``training_step``, not around the backward pass."""
+    try:
+        trainer = module.trainer
+    except RuntimeError:  # attached to none
+        return nullcontext()
+    context: AbstractContextManager[None] = trainer.precision_plugin.train_step_context()
+    return context
+
+
 def replay(
     module: Any,
     record: StepRecord,
@@ -233,7 +243,8 @@ def replay(
     args = _copy_containers(record.args)
 
     def run() -> T:
-        loss = training_loss(weighting(module, training_step, args, weights))
+        with _precision_of(module):
+            loss = training_loss(weighting(module, training_step, args, weights))
         assert loss is not None, "a step whose training_step returned None is not recorded"
         return use(loss)
 

@@ -61,8 +61,8 @@ def check_trainer(trainer: Any, module: Any, who: str) -> None:
         problems.append("manual optimization (set `automatic_optimization = True`)")
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         problems.append(f"strategy {type(trainer.strategy).__name__} (use `devices=1, strategy='auto'`)")
-    if trainer.precision not in ("32-true", "64-true"):
-        problems.append(f"precision {trainer.precision!r} (use '32-true' or '64-true')")
+    if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
+        problems.append(f"precision {trainer.precision!r} (use '32-true', '64-true' or 'bf16-mixed')")
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         problems.append("`training_step(dataloader_iter)` (take `batch` instead)")
     if problems:

@@ -1,6 +1,8 @@
 """Orders 1..3 of whole runs against retraining: ``Reweight`` runs along a direction, fitted by a polynomial."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -160,3 +162,64 @@ def test_orders_equal_finite_differences_of_retraining(name, tmp_path):
                 error = np.linalg.norm(got - want) / np.linalg.norm(want)
                 print(f"{name}, direction {row}, order {order + 1}: relative error {error:.1e}")
                 assert error < (1e-9, 1e-7, 1e-5)[order]
+
+
+class Mixed(pl.LightningModule):
+    """Matrix products in bfloat16 under autocast, normalisation and loss in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        hidden = self.net[0](batch[0])
+        assert hidden.dtype == (torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32)
+        return F.cross_entropy(self.net[1:](hidden), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return StableAdamW(self.parameters(), lr=1e-2, eps=1e-3)
+
+
+def train_mixed(precision: str, *callbacks: pl.Callback) -> torch.Tensor:
+    """Train from the same seed; return the final parameters."""
+    pl.seed_everything(3, verbose=False)
+    inputs = torch.randn(30, 6)
+    loader = DataLoader(TensorDataset(inputs, (inputs[:, 0] > 0).long()), batch_size=5)
+    trainer = pl.Trainer(
+        max_epochs=4,
+        callbacks=list(callbacks),
+        precision=precision,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = Mixed()
+    trainer.fit(model, loader)
+    return torch.cat([p.detach().double().flatten() for _, p in sorted(model.named_parameters())])
+
+
+def orders_of(dirpath: Path) -> torch.Tensor:
+    (shard,) = Sketch.load(dirpath).shards()
+    return torch.cat([shard.coefficients[name][:, 0, 0].flatten(1) for name in sorted(shard.coefficients)], 1)
+
+
+def test_orders_under_autocast(tmp_path):
+    """Oracles: retraining under autocast, whose rounding leaves 4 % of order 1; the same sketch in float32."""
+    units = np.arange(30) % 6
+    psi = np.random.default_rng(0).normal(size=6)
+    plain = train_mixed("bf16-mixed")
+    tracked = train_mixed("bf16-mixed", SketchCallback(tmp_path / "mixed", psi[None], 2, units=units))
+    assert torch.equal(plain, tracked)
+    ours = orders_of(tmp_path / "mixed")
+    radii = 0.6 * np.cos(np.pi * (np.arange(16) + 0.5) / 16)
+    runs = [train_mixed("bf16-mixed", Reweight(units=units, weights=r * psi)) for r in radii]
+    powers = torch.as_tensor(radii[:, None] ** np.arange(1, 7))
+    fitted = torch.linalg.lstsq(powers, torch.stack(runs) - plain).solution[0]
+    assert (ours[0] - fitted).norm() < 0.06 * fitted.norm()
+    train_mixed("32-true", SketchCallback(tmp_path / "single", psi[None], 2, units=units))
+    single = orders_of(tmp_path / "single")
+    errors = (ours - single).norm(dim=1) / single.norm(dim=1)
+    print("bfloat16 against float32, orders 1 and 2:", errors)
+    assert errors.max() < 0.05

@@ -128,6 +128,7 @@ OPTIONS = {
         "accumulate_grad_batches": 3,
         "gradient_clip_val": 0.1,
     },
+    "autocast": {"precision": "bf16-mixed"},
     "workers, clipping by value, validation inside the epoch": {
         "workers": 2,
         "gradient_clip_val": 0.01,

@@ -126,9 +126,9 @@ class Iterates(Counted):
         (NoOptimizer, {}, "`configure_optimizers`"),
         (Stranger, {}, r"`configure_optimizers`.*shape \(2, 7\)"),
         (Iterates, {}, r"`training_step\(dataloader_iter\)`.*`batch`"),
-        (Counted, {"precision": "bf16-mixed"}, "precision 'bf16-mixed'.*32-true"),
+        (Counted, {"precision": "16-true"}, "precision '16-true'.*bf16-mixed"),
         (Counted, {"precision": "bf16-true"}, "precision 'bf16-true'.*32-true"),
-        (Manual, {"precision": "bf16-mixed"}, "manual optimization.*; precision"),
+        (Manual, {"precision": "bf16-true"}, "manual optimization.*; precision"),
     ],
 )
 @pytest.mark.parametrize("callback", ["sketch", "reweight"])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .samples import _add, _default, aten, away, i, inf, p, r, steps
+from .samples import _add, _default, aten, away, i, inf, p, r, steps, yes
 
 
 def square(*shape: int) -> Tensor:
@@ -145,16 +145,63 @@ _add(
 _add(lambda: (r(5, 3), i(0, 3, 3), 1.0, 2.0), aten.embedding_renorm_.default)
 _add(lambda: (r(5, 3), i(0, 3, 3), 0.5, 1.0), aten.embedding_renorm_.default)
 
+# the gradient jumps between cells; some points lie outside the volume
+_inside_cells = torch.tensor([-0.8, 0.15, 0.4, 0.4, -0.8, 1.4, 0.15, 1.4, 0.4, -1.45, 0.4, 0.15]).double()
+_inside_cells = _inside_cells.view(1, 1, 2, 2, 3)
 for _mode, _padding, _align in ((0, 0, True), (0, 1, False), (0, 2, True), (0, 2, False), (1, 0, False)):
     _add(
         lambda *a, m=_mode, q=_padding, c=_align: (r(1, 2, 3, 2, 3), 0.8 * r(1, 1, 1, 2, 3) + 0.05, m, q, c),
         aten.grid_sampler_3d.default,
     )
-_add(lambda: (r(1, 2, 5, 4), [3, 2], False), aten._upsample_bilinear2d_aa.default)
-_add(lambda: (r(1, 2, 3, 2), [3, 2], [1, 2, 5, 4], True), aten._upsample_bilinear2d_aa_backward.default)
+    _add(
+        lambda m=_mode, q=_padding, c=_align: (
+            r(1, 2, 1, 2, 2), r(1, 2, 3, 2, 3), _inside_cells, m, q, c, [True, True]
+        ),
+        aten.grid_sampler_3d_backward.default,
+    )  # fmt: skip
+    _add(
+        lambda m=_mode, q=_padding, c=_align: (
+            r(1, 2, 2, 3), r(1, 2, 3, 2), _inside_cells.view(1, 2, 3, 2), m, q, c, [True, True]
+        ),
+        aten.grid_sampler_2d_backward.default,
+    )  # fmt: skip
+_SIZES = {1: ([5], [7]), 2: ([5, 4], [3, 6]), 3: ([3, 2, 2], [4, 2, 3])}
+for _n in (1, 2, 3):
+    for _kind in (f"upsample_nearest{_n}d", f"_upsample_nearest_exact{_n}d"):
+        _small, _large = _SIZES[_n]
+        _add(lambda a=_small, b=_large: (r(1, 2, *a), b), getattr(aten, _kind).default)
+        _add(lambda a=_small, b=_large: (r(1, 2, *b), b, [1, 2, *a]), getattr(aten, f"{_kind}_backward").default)
+for _n, _kind in (
+    *((1, "upsample_linear1d"), (2, "upsample_bilinear2d"), (3, "upsample_trilinear3d"), (2, "upsample_bicubic2d")),
+    *((2, "_upsample_bilinear2d_aa"), (2, "_upsample_bicubic2d_aa")),
+):
+    for _align in (False, True):
+        _small, _large = _SIZES[_n]
+        _add(lambda a=_small, b=_large, c=_align: (r(1, 2, *a), b, c), getattr(aten, _kind).default)
+        _add(
+            lambda a=_small, b=_large, c=_align: (r(1, 2, *b), b, [1, 2, *a], c),
+            getattr(aten, f"{_kind}_backward").default,
+        )
 
 _logs = torch.log_softmax(torch.linspace(-1, 1, 40).double().sin().reshape(5, 2, 4) * 3, 2)
 _targets = torch.tensor([[1, 1, 3], [2, 0, 0]])
 _add(lambda: (_logs, _targets, [5, 3], [3, 1]), aten._ctc_loss.default)
 _add(lambda: (_logs, i(1, 2, 3), [5, 5], [1, 2]), aten._ctc_loss.default)
 _add(lambda: (_logs, _targets, i(5, 3), i(2, 0)), aten._ctc_loss.Tensor)
+
+for _dim in (0, 2):
+    _add(lambda d=_dim: (r(3, 2, 2), p(3, 1, 1) if d == 0 else p(1, 1, 2), d), aten._weight_norm_interface.default)
+    _add(
+        lambda d=_dim: (r(3, 2, 2), *_normed(d), d),
+        aten._weight_norm_interface_backward.default,
+    )
+
+
+def _normed(dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    v, g = r(3, 2, 2), p(3, 1, 1) if dim == 0 else p(1, 1, 2)
+    return v, g, aten._weight_norm_interface(v, g, dim)[1]
+
+
+_add(lambda: (r(2, 3), yes(), [2, 4]), aten.masked_scatter_backward.default)
+_add(lambda: (r(2, 3), torch.tensor([[True], [False]]).expand(2, 3), [3]), aten.masked_scatter_backward.default)
+_add(lambda: (r(2, 3), torch.tensor([[4, -1], [0, -6]])), aten.take.default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections import Counter
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_sketch.errors import LightningSketchError
+from lightning_sketch.jets import JetTensor
 
 from .oracle import Curve, Function, InconclusiveError, difference, make_curve
 
@@ -76,15 +78,16 @@ def spread(samples: list[Any], count: int) -> list[Any]:
     return [samples[i] for i in sorted({round(j * (n - 1) / max(count - 1, 1)) for j in range(count)})] if n else []
 
 
-def judge_operator(info: Any, degree: int, count: int = 4) -> Verdict:
-    """Judge some samples of an entry of ``op_db``."""
+def judge_operator(info: Any, degree: int, count: int = 4, backward: bool = False) -> Verdict:
+    """Judge some samples of an entry of ``op_db``, or those and their gradients."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        samples = list(itertools.islice(info.sample_inputs("cpu", torch.float64, requires_grad=False), 40))
+        samples = list(itertools.islice(info.sample_inputs("cpu", torch.float64, requires_grad=backward), 40))
         # among millions of entries some are nearer to a kink than the oracle sees
-        samples = [s for s in samples if _size(s) <= 50_000] or samples
-        return worst(_judge_sample(info.op, s, degree) for s in spread(samples, count))
+        largest = 5_000 if backward else 50_000
+        samples = [s for s in samples if _size(s) <= largest] or samples
+        return worst(_judge_sample(info.op, s, degree, backward) for s in spread(samples, count))
 
 
 TOLERANCES = ("atol", "rtol")  # tensors, but no differentiable arguments
@@ -100,13 +103,14 @@ def _floating(leaves: list[Any]) -> list[int]:
     return [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dtype == torch.float64]
 
 
-def _judge_sample(op: Callable[..., Any], sample: Any, degree: int) -> Verdict:
+def _judge_sample(op: Callable[..., Any], sample: Any, degree: int, backward: bool) -> Verdict:
     leaves, spec = pytree.tree_flatten((sample.input, sample.args, sample.kwargs))
     varying = [i for i in _floating(leaves) if not any(leaves[i] is sample.kwargs.get(name) for name in TOLERANCES)]
     if not varying or any(isinstance(x, Tensor) and (x.is_complex() or x.layout != torch.strided) for x in leaves):
         return Verdict("skipped", "no real dense input")
     generator = torch.Generator().manual_seed(0)
     curves = [make_curve(leaves[i].detach(), degree, 1, 1, generator) for i in varying]
+    differentiable = [leaves[i].requires_grad for i in varying]
 
     def function(xs: list[Tensor]) -> list[Tensor]:
         new = list(leaves)
@@ -114,9 +118,16 @@ def _judge_sample(op: Callable[..., Any], sample: Any, degree: int) -> Verdict:
             new[i] = x
         first, args, kwargs = pytree.tree_unflatten(new, spec)
         torch.manual_seed(0)
-        return [y for y in pytree.tree_leaves(op(first, *args, **kwargs)) if isinstance(y, Tensor)]
+        return [in_reals(y) for y in pytree.tree_leaves(op(first, *args, **kwargs)) if isinstance(y, Tensor)]
 
+    if backward:
+        return judge(with_gradients(function, differentiable, []), curves, 1e-4)
     return judge(function, curves)
+
+
+def in_reals(y: Tensor) -> Tensor:
+    """A complex tensor as its parts, which is what the oracle compares."""
+    return torch.view_as_real(y.resolve_conj()) if y.is_complex() else y
 
 
 def with_gradients(
@@ -193,3 +204,73 @@ def _judge_module_sample(info: Any, sample: Any, training: bool, degree: int) ->
 
 def _state(module: torch.nn.Module) -> Iterator[Tensor]:
     return itertools.chain(module.parameters(), module.buffers())
+
+
+def run_on_meta(function: Callable[..., Any], leaves: list[Any], spec: Any, varies: bool) -> list[Tensor]:
+    """Outputs and gradients of ``function`` on tensors without data, which can neither be read back nor mixed."""
+
+    def on_meta(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        y = torch.empty_like(x, device="meta", requires_grad=x.requires_grad)
+        if not varies or x.dtype != torch.float64:
+            return y
+        return JetTensor(y.detach(), y.detach().new_empty(2, 2, 1, *y.shape), requires_grad=x.requires_grad)
+
+    inputs = [on_meta(x) for x in leaves]
+    result = pytree.tree_leaves(function(*pytree.tree_unflatten(inputs, spec)))
+    outputs = [in_reals(y) for y in result if isinstance(y, Tensor)]
+    losses = [(y * y).sum() for y in outputs if y.requires_grad]
+    if losses:
+        wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+        grads = torch.autograd.grad(sum(losses), wanted, allow_unused=True)
+        outputs += [g for g in grads if g is not None]
+    return outputs
+
+
+def judge_on_meta(function: Callable[..., Any], arguments: Any) -> Verdict:
+    """Whether the rules read nothing back, and make every tensor where its operands are."""
+    leaves, spec = pytree.tree_flatten(arguments)
+    if any(isinstance(x, Tensor) and (x.is_complex() or x.layout != torch.strided) for x in leaves):
+        return Verdict("skipped", "complex or sparse")
+    try:
+        plain = run_on_meta(function, leaves, spec, varies=False)
+    except Exception as error:
+        return Verdict("skipped", f"plain torch: {error}")
+    if any(y.device.type != "meta" for y in plain):
+        return Verdict("skipped", "plain torch: another device")
+    try:
+        outputs = run_on_meta(function, leaves, spec, varies=True)
+    except LightningSketchError as error:
+        return Verdict("refused", str(error))
+    except Exception as error:
+        return Verdict("wrong", f"{type(error).__name__}: {str(error)[:150]}")
+    for y in outputs:
+        parts = [y.detach().primal, y.detach().coefficients] if isinstance(y, JetTensor) else [y]
+        if any(x.device.type != "meta" for x in parts):
+            return Verdict("wrong", "a tensor on another device")
+    return Verdict("right")
+
+
+def operators_on_meta(info: Any, count: int) -> Verdict:
+    """Judge some samples of an entry of ``op_db``."""
+    torch.manual_seed(0)
+    samples = list(itertools.islice(info.sample_inputs("cpu", torch.float64, requires_grad=True), 12))
+    return worst(
+        judge_on_meta(lambda x, a, k: info.op(x, *a, **k), (s.input, tuple(s.args), s.kwargs))
+        for s in spread(samples, count)
+    )
+
+
+def modules_on_meta(info: Any, training: bool, count: int) -> Verdict:
+    """Judge some samples of an entry of ``module_db``."""
+    torch.manual_seed(0)
+    samples = info.module_inputs_func(info, device="cpu", dtype=torch.float64, requires_grad=True, training=training)
+    verdicts = []
+    for s in spread([s for s in samples if s.forward_input is not None], count):
+        module = info.module_cls(*s.constructor_input.args, **s.constructor_input.kwargs).double().train(training)
+        if not any(isinstance(p, torch.nn.parameter.UninitializedTensorMixin) for p in _state(module)):
+            state = dict(itertools.chain(module.named_parameters(), module.named_buffers()))
+            call = functools.partial(torch.func.functional_call, module)
+            verdicts.append(judge_on_meta(call, (state, s.forward_input.args, s.forward_input.kwargs)))
+    return worst(verdicts)

@@ -113,6 +113,29 @@ def test_random_operators_are_never_decomposed(op):
             find_rule(op)
 
 
+DRAWS = {
+    "bernoulli": torch.bernoulli,
+    "rand_like": torch.rand_like,
+    "normal": lambda x: torch.normal(x, 0.5),
+    "rrelu": lambda x: nn.functional.rrelu(x, training=True),
+    "dropout": lambda x: nn.functional.dropout(x, 0.3),
+    "multinomial": lambda x: torch.multinomial(x, 2),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_are_those_of_the_plain_run(name):
+    """Oracle: plain torch from the same seed, and what it draws next."""
+    x = torch.rand(4, 5, dtype=torch.float64)
+    results = []
+    for value in (x, JetTensor(x, torch.ones(2, 1, 1, 4, 5, dtype=torch.float64))):
+        torch.manual_seed(0)
+        y = DRAWS[name](value)
+        results.append((y.primal if isinstance(y, JetTensor) else y, torch.rand(3)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
 def test_dropout_draws_the_masks_of_the_plain_run():
     """Oracle: torch's own mask, also on a permuted layout."""
     x = jet(4, 5, 3)

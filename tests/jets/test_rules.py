@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_sketch.jets import registered_operators
 
-from . import samples_algebra  # noqa: F401  (registers more samples)
+from . import samples_algebra, samples_complex  # noqa: F401  (they register more samples)
 from .oracle import Curve, Function, assert_right, make_curve
 from .samples import SAMPLES
+from .sweep import in_reals
 from .test_modules import CASES as MODULES
 
 # These need what the forward kernel kept of its input, so they are called through autograd, in test_modules.py.
@@ -28,24 +29,31 @@ THROUGH_AUTOGRAD = {
 
 
 def own_operators() -> list[Any]:
-    return sorted((op for op in registered_operators() if op.namespace == "aten"), key=str)
+    return sorted((op for op in registered_operators() if op.namespace == "aten" and runs_here(op)), key=str)
+
+
+def runs_here(op: Any) -> bool:
+    """Whether there is a kernel for a CPU; for the others see test_devices.py."""
+    keys = ("CPU", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key) for key in keys)
 
 
 def case(op: Any, arguments: tuple[Any, ...], degree: int, parts: int, directions: int) -> tuple[Function, list[Curve]]:
     kwargs = arguments[-1] if isinstance(arguments[-1], dict) else {}
     args = arguments[:-1] if kwargs else arguments
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    varying = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dtype == torch.float64]
+    doubles = (torch.float64, torch.complex128)
+    varying = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dtype in doubles]
     generator = torch.Generator().manual_seed(0)
-    curves = [make_curve(leaves[i], degree, parts, directions, generator) for i in varying]
+    curves = [make_curve(in_reals(leaves[i]), degree, parts, directions, generator) for i in varying]
 
     def function(xs: list[Tensor]) -> list[Tensor]:
         new = list(leaves)
         for i, x in zip(varying, xs, strict=True):
-            new[i] = x
+            new[i] = torch.view_as_complex(x) if leaves[i].is_complex() else x
         a, k = pytree.tree_unflatten(new, spec)
         torch.manual_seed(0)
-        result = [y for y in pytree.tree_leaves(op(*a, **k)) if isinstance(y, Tensor)]
+        result = [in_reals(y) for y in pytree.tree_leaves(op(*a, **k)) if isinstance(y, Tensor)]
         if "log_sigmoid_forward" in str(op) or "_ctc_loss" in str(op):  # buffers, partly not initialised
             result = result[:1]
         if "empty" in str(op):

@@ -321,3 +321,14 @@ def test_clipping_by_norm_is_not_blown_up_by_gradients_that_are_rounding(tmp_pat
     expected = coefficients["without bias"].flatten(1).norm(dim=1)
     error = (coefficients["single"] - coefficients["without bias"]).flatten(1).norm(dim=1)
     assert (error < 1e-3 * expected).all()
+
+
+def test_the_default_dtype_of_the_run(tmp_path):
+    """The Trainer's double precision is the default dtype inside the step. Oracle: retraining."""
+
+    class Draws(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            assert torch.zeros(()).dtype == torch.float64
+            return (0.5 + torch.rand(())) * super().training_step(batch, batch_idx)
+
+    assert_first_order(Draws, tmp_path)

@@ -9,6 +9,8 @@ from lightning_sketch.jets.rules import (  # noqa: F401
     draws,
     embedding_bags,
     factorizations,
+    fourier,
+    fused,
     indexing,
     kinks,
     linalg,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch.jets.registry import jet_rule, lead_of
-from lightning_sketch.jets.series import real_products
+from lightning_sketch.jets.series import real_products, spread
 from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
 
 aten = torch.ops.aten
@@ -83,10 +83,11 @@ def _bilinear(a: Any, b: Any, primal: Tensor, fold_a: Pairwise, fold_b: Pairwise
     out = out.view(*lead, *primal.shape)
     if ac is not None and bc is not None and lead[0] > 1:
         for x, y, signs in real_products(ac[:-1], bc[:-1], expensive=True):
-            for r in range(1, lead[0]):
-                total = sum(pairs(x[i], y[r - 1 - i]) for i in range(r))
+            for i, factor in enumerate(x):  # with all its partners at once
+                partners = y[: len(x) - i]
+                products = pairs(factor.expand(len(partners), *factor.shape).flatten(0, 1), partners.flatten(0, 1))
                 for part, sign in signs.items():
-                    out[r, part].add_(total, alpha=sign)
+                    out[i + 1 :, part].add_(products.unflatten(0, partners.shape[:2]), alpha=sign)
     return out
 
 
@@ -105,27 +106,29 @@ def convolution(
     """``y = x * w + b``."""
     g = Geometry(stride, padding, dilation, transposed, output_padding, groups)
     lead = lead_of((x, weight, bias))
-    primal = g.forward(primal_of(x), primal_of(weight))
-    if block_of(x) is None and block_of(weight) is None:
-        y = jet(primal, None, lead)
-    else:
+    primal = aten.convolution(
+        primal_of(x), primal_of(weight), primal_of(bias), stride, padding, dilation, transposed, output_padding, groups
+    )
 
-        def fold_x(xc: Tensor, w0: Tensor) -> Tensor:
-            return g.forward(xc.flatten(0, 1), w0).unflatten(0, xc.shape[:2])
+    def fold_x(xc: Tensor, w0: Tensor) -> Tensor:
+        return g.forward(xc.flatten(0, 1), w0).unflatten(0, xc.shape[:2])
 
-        def pairs(xc: Tensor, wc: Tensor) -> Tensor:
-            n = xc.shape[0]
-            return _from_channels(g.forward(_into_channels(xc), wc.flatten(0, 1), n), n)
+    def pairs(xc: Tensor, wc: Tensor) -> Tensor:
+        n = xc.shape[0]
+        return _from_channels(g.forward(_into_channels(xc), wc.flatten(0, 1), n), n)
 
-        def fold_w(x0: Tensor, wc: Tensor) -> Tensor:
-            if groups == 1 and not transposed:  # one convolution with more output channels
-                return _from_channels(g.forward(x0, wc.flatten(0, 1)), wc.shape[0])
-            return pairs(x0.expand(wc.shape[0], *x0.shape), wc)
+    def fold_w(x0: Tensor, wc: Tensor) -> Tensor:
+        if groups == 1 and not transposed:  # one convolution with more output channels
+            return _from_channels(g.forward(x0, wc.flatten(0, 1)), wc.shape[0])
+        return pairs(x0.expand(wc.shape[0], *x0.shape), wc)
 
-        y = jet(primal, _bilinear(x, weight, primal, fold_x, fold_w, pairs), lead)
-    if bias is None:
-        return y
-    return y + bias.view(-1, *[1] * (primal.ndim - 2))
+    varies = block_of(x) is not None or block_of(weight) is not None
+    out = _bilinear(x, weight, primal, fold_x, fold_w, pairs) if varies else None
+    bc = block_of(bias)
+    if bc is not None:
+        shift = bc.reshape(*lead, 1, -1, *[1] * (primal.ndim - 2))
+        out = spread(shift, primal.shape) if out is None else out.add_(shift)
+    return jet(primal, out, lead)
 
 
 @jet_rule(aten.convolution_backward.default)
@@ -176,9 +179,9 @@ def convolution_backward(
             return jet(primal, None, lead)
         return jet(primal, _bilinear(a, b, primal, *maps), lead)
 
-    grad_bias = grad.sum([0, *range(2, g0.ndim)]) if output_mask[2] else None
+    of_bias = block_of(grad.sum([0, *range(2, g0.ndim)])) if output_mask[2] else None
     return (
         adjoint(0, grad, weight, input_fold_grad, input_fold_weight, input_pairs),
         adjoint(1, grad, x, weight_fold_grad, weight_fold_input, weight_pairs),
-        grad_bias,
+        jet(primals[2], of_bias, lead) if output_mask[2] else None,
     )

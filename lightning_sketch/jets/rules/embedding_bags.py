@@ -21,6 +21,11 @@ def _bags(indices: Tensor, offsets: Tensor) -> Tensor:
     return torch.searchsorted(offsets, torch.arange(len(indices), device=offsets.device), right=True) - 1
 
 
+def _sizes(bags: Tensor, kept: Tensor, count: int) -> Tensor:
+    """How many indices are in every bag, as a column; nothing is read back."""
+    return bags.new_zeros(count).index_add(0, bags, kept.to(bags.dtype)).unsqueeze(1)
+
+
 def _forward(op: Any) -> None:
     """Register one of the two operators, which differ in what they keep for autograd."""
 
@@ -43,7 +48,7 @@ def _pooled(
 ) -> Any:
     """Sums, means or maxima of the rows in every bag, without those of the padding."""
     bags = _bags(indices, starts)
-    sizes = torch.bincount(bags[indices != padding_idx], minlength=len(starts)).unsqueeze(1)
+    sizes = _sizes(bags, indices != padding_idx, len(starts))
     if mode == MAX:
         return torch.where(sizes > 0, weight.gather(0, maxima.long().clamp(min=0)), 0.0)
     rows = weight[indices]
@@ -82,7 +87,7 @@ def embedding_bag_backward(
     if scale_grad_by_freq:  # the CPU kernel of torch 2.13 divides by the counts of other rows
         raise missing_rule(aten._embedding_bag_dense_backward.default)
     bags, kept = offset2bag.long(), indices != padding_idx
-    sizes = torch.bincount(bags[kept], minlength=len(grad)).unsqueeze(1)
+    sizes = _sizes(bags, kept, len(grad))
     zeros = torch.zeros(num_weights, grad.shape[1], dtype=grad.dtype, device=grad.device)
     if mode == MAX:
         return torch.scatter_add(zeros, 0, max_indices.long().clamp(min=0), torch.where(sizes > 0, grad, 0.0))

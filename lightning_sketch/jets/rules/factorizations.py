@@ -285,7 +285,7 @@ def pinv(a: JetTensor, *, atol: Any = None, rtol: Any = None, hermitian: bool = 
     sizes, inverse_sizes = _sizes(matrices), _sizes(x)
     scale = [cauchy(times(sizes, inverse_sizes), sizes, r) for r in range(len(sizes))]
     tolerance = torch.finfo(primal.dtype).eps ** 0.4
-    if any(not bool(y <= tolerance * z) for y, z in zip(_sizes(residual), scale, strict=True)):
+    if not bool(torch.stack([y <= tolerance * z for y, z in zip(_sizes(residual), scale, strict=True)]).all()):
         raise refused(aten.linalg_pinv.atol_rtol_tensor, "the rank of the matrix is not constant")
     return from_orders(primal, x, a.lead)
 

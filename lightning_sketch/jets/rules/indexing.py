@@ -21,7 +21,7 @@ def embedding(
     weight: JetTensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> JetTensor:
     """Rows of a table."""
-    primal = weight.primal[indices]
+    primal = aten.embedding(weight.primal, indices)
     block = weight.coefficients.index_select(3, indices.reshape(-1))
     return jet(primal, block.view(*weight.lead, *primal.shape), weight.lead)
 
@@ -37,7 +37,8 @@ def embedding_dense_backward(
     if padding_idx >= 0:
         rows = rows * (flat != padding_idx).unsqueeze(1)
     if scale_grad_by_freq:
-        rows = rows / torch.bincount(flat, minlength=num_weights)[flat].unsqueeze(1)
+        uses = flat.new_zeros(num_weights).index_add(0, flat, torch.ones_like(flat))  # `bincount` reads back
+        rows = rows / uses[flat].unsqueeze(1)
     block = rows.new_zeros(*grad.lead, num_weights, width).index_add_(3, flat, rows)
     return jet(primal, block, grad.lead)
 
@@ -118,6 +119,13 @@ def index_put(x: Any, indices: Sequence[Tensor | None], values: Any, accumulate:
     else:
         flat[..., where.reshape(-1)] = source.reshape(*lead, -1)
     return jet(primal, out, lead)
+
+
+@jet_rule(aten.take.default)
+def take(x: Any, index: Tensor) -> Any:
+    """Entries by position in the flattened tensor."""
+    place = torch.where(index < 0, index + x.numel(), index)
+    return x.reshape(-1).index_select(0, place.reshape(-1)).view(index.shape)
 
 
 @jet_rule(aten.put.default)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sketch.jets.registry import jet_rule, lead_of, missing_rule
 from lightning_sketch.jets.rules.views import from_end
 from lightning_sketch.jets.series import lift, spread
-from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
+from lightning_sketch.jets.tensor import JetTensor, block_of, jet, like_layout, primal_of
 
 aten = torch.ops.aten
 
@@ -60,7 +60,8 @@ def neg(x: JetTensor) -> JetTensor:
 @jet_rule(aten.clone.default)
 def clone(x: JetTensor, *, memory_format: torch.memory_format | None = None) -> JetTensor:
     """Copy; the coefficients take the memory order of the primal's copy."""
-    return jet(aten.clone(x.primal, memory_format=memory_format), x.coefficients.clone(), x.lead)
+    primal = aten.clone(x.primal, memory_format=memory_format)
+    return jet(primal, like_layout(primal, x.lead, torch.empty).copy_(x.coefficients), x.lead)
 
 
 @jet_rule(aten._to_copy.default)

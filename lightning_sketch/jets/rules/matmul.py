@@ -105,16 +105,19 @@ def mm(a: Any, b: Any) -> JetTensor:
     return jet(torch.matmul(primal_of(a), primal_of(b)), _add_product(None, a, b), lead_of((a, b)))
 
 
-@jet_rule(aten.addmm.default, aten.baddbmm.default)
-def addmm(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> JetTensor:
-    """``Y = beta X + alpha A B``."""
-    xc = block_of(x)
-    if (beta, alpha) != (1, 1) or (block_of(a) is None and block_of(b) is None):
-        return _weighted_sum(x, torch.matmul(a, b), beta, alpha)
-    add = torch.addmm if a.ndim == 2 else torch.baddbmm
-    primal = add(primal_of(x), primal_of(a), primal_of(b))
-    out = None if xc is None else spread(xc, primal.shape)
-    return jet(primal, _add_product(out, a, b), lead_of((x, a, b)))
+def _add_to_product(op: Any) -> None:
+    @jet_rule(op)
+    def rule(x: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> JetTensor:
+        primal = op(primal_of(x), primal_of(a), primal_of(b), beta=beta, alpha=alpha)
+        xc = block_of(x) if beta else None
+        out = None if xc is None else spread(xc if beta == 1 else xc * beta, primal.shape)
+        if block_of(a) is not None or block_of(b) is not None:
+            out = _add_product(out, a, b if alpha == 1 else b * alpha)
+        return jet(primal, out, lead_of((x, a, b)))
+
+
+for _op in (aten.addmm.default, aten.baddbmm.default):
+    _add_to_product(_op)
 
 
 def _weighted_sum(x: Any, y: Any, beta: float, alpha: float) -> Any:

@@ -29,13 +29,13 @@ def _adjoint(grad: Any, normalised: Any, rstd: Any, dims: Sequence[int]) -> Any:
     """Gradient of the input, given that of ``normalised``: ``rstd (g - mean(g) - y mean(g y))``."""
     shared = grad.mean(dims, keepdim=True)
     along = (grad * normalised).mean(dims, keepdim=True)
-    return rstd * (grad - shared - normalised * along)
+    return rstd * torch.addcmul(grad - shared, normalised, -along)
 
 
 def _affine(y: Any, weight: Any, bias: Any) -> Any:
-    if weight is not None:
-        y = y * weight
-    return y if bias is None else y + bias
+    if weight is None:
+        return y if bias is None else y + bias
+    return y * weight if bias is None else torch.addcmul(bias, y, weight)
 
 
 @jet_rule(aten.native_layer_norm.default)
@@ -167,6 +167,23 @@ def batch_norm_backward(
         (grad * normalised).sum(dims) if output_mask[1] else None,
         grad.sum(dims) if output_mask[2] else None,
     )
+
+
+@jet_rule(aten.cudnn_batch_norm.default)
+def cudnn_batch_norm(
+    x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, momentum: float, eps: float
+) -> tuple[Any, Any, Any, Any]:
+    """Batch normalisation on a GPU; the last result is room that the kernel wants."""
+    y = batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    return (*y, torch.empty(0, dtype=torch.uint8, device=x.device))
+
+
+@jet_rule(aten.cudnn_batch_norm_backward.default)
+def cudnn_batch_norm_backward(
+    x: Any, grad: Any, weight: Any, running_mean: Any, running_var: Any, mean: Any, rstd: Any, eps: float, room: Any
+) -> tuple[Any, Any, Any]:
+    """The adjoints, which exist in training only."""
+    return batch_norm_backward(grad, x, weight, None, None, mean, rstd, True, eps, [True, True, True])
 
 
 @jet_rule(aten.native_dropout.default)

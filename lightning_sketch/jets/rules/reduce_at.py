@@ -41,16 +41,20 @@ def scatter_reduce(x: Any, dim: int, index: Tensor, source: Any, reduce: str, *,
 
 
 def _products_at(x: Any, dim: int, index: Tensor, source: Any) -> Any:
-    """Multiply into each place one factor after another."""
+    """Multiply into each place: factors sorted by place, then products over 2, 4, 8 ... neighbours of one place."""
+    count = index.numel()
     places = torch.arange(x.numel(), device=x.device).view(x.shape).gather(dim, index).reshape(-1)
-    factors, y = source.reshape(-1), x.reshape(-1)
     order = torch.argsort(places, stable=True)
-    first = torch.searchsorted(places[order], places[order])
-    turn = torch.empty_like(places).scatter(0, order, torch.arange(len(places), device=x.device) - first)
-    for k in range(int(turn.max()) + 1 if len(places) else 0):
-        now = turn == k
-        y = y.index_put((places[now],), y[places[now]] * factors[now])
-    return y.reshape(x.shape)
+    places, products = places[order], source.reshape(-1)[order]
+    ahead = torch.arange(count, device=x.device) - torch.searchsorted(places, places)
+    span = 1
+    while span < count:
+        products = torch.where(ahead >= span, products * products.roll(span), products)
+        span *= 2
+    last = torch.searchsorted(places, places, right=True) - 1 == torch.arange(count, device=x.device)
+    room = torch.ones(x.numel() + 1, dtype=x.dtype, device=x.device)  # the last entry takes what is not the last
+    total: Any = torch.scatter(room, 0, torch.where(last, places, x.numel()), products)
+    return x * total[:-1].view(x.shape)
 
 
 @jet_rule(aten.index_reduce.default)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from lightning_sketch.jets.registry import jet_rule
+from lightning_sketch.jets.rules.linalg import refused
+from lightning_sketch.jets.tensor import primal_of
 
 aten = torch.ops.aten
 
@@ -48,6 +50,8 @@ def _scan(x: Any, dim: int, combine: Callable[[Any, Any], Any]) -> Any:
 @jet_rule(aten.cumprod.default)
 def cumprod(x: Any, dim: int, *, dtype: torch.dtype | None = None) -> Any:
     """``y_i = y_{i-1} x_i``."""
+    if x.requires_grad and bool((primal_of(x) == 0).any()):  # autograd divides by entries, and drops those at zero
+        raise refused(aten.cumprod.default, "an entry is exactly zero, where its gradient is not formed as a product")
     return _scan(x if dtype is None else x.to(dtype), dim, torch.mul)
 
 

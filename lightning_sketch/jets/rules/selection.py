@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_sketch.jets.registry import jet_rule
+from lightning_sketch.jets.rules.linalg import of_primal
 from lightning_sketch.jets.rules.views import from_end
-from lightning_sketch.jets.tensor import JetTensor, jet
+from lightning_sketch.jets.tensor import JetTensor, jet, primal_of
 
 aten = torch.ops.aten
 
@@ -56,6 +59,23 @@ def masked_select(x: Any, mask: Tensor) -> Any:
 @jet_rule(aten.masked_scatter.default)
 def masked_scatter(x: Any, mask: Tensor, source: Any) -> Any:
     """Write the first entries of ``source`` where the mask is set."""
-    shape = torch.broadcast_shapes(x.shape, mask.shape)
-    where = mask.expand(shape)
-    return x.expand(shape).index_put((where,), source.reshape(-1)[: int(where.sum())])
+    primal = torch.masked_scatter(primal_of(x), mask, primal_of(source))
+    if not source.numel():
+        return x.expand(primal.shape).clone()
+    where = mask.expand(primal.shape)
+    taken = source.reshape(-1)[_count_before(where).clamp(max=source.numel() - 1)]
+    return of_primal(primal, torch.where(where, taken, x))
+
+
+@jet_rule(aten.masked_scatter_backward.default)
+def masked_scatter_backward(grad: Any, mask: Tensor, sizes: Sequence[int]) -> Any:
+    """The gradient of the source: the entries where the mask is set, then zeros."""
+    size, where = math.prod(sizes), mask.expand(grad.shape)
+    room = torch.zeros(size + 1, dtype=grad.dtype, device=grad.device)  # the last entry takes what is not set
+    place = torch.where(where, _count_before(where).clamp(max=size), size)
+    return torch.scatter(room, 0, place.reshape(-1), grad.reshape(-1))[:-1].view(*sizes)
+
+
+def _count_before(where: Tensor) -> Tensor:
+    """How many entries are set before each; nothing is read back."""
+    return (where.reshape(-1).cumsum(0) - where.reshape(-1).long()).view(where.shape)

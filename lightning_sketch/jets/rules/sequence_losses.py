@@ -19,19 +19,22 @@ IMPOSSIBLE = -1e30  # a logarithm of zero whose multiples stay finite, so that i
 
 
 class _Lattice:
-    """Which labels, between blanks, every example may emit: ``(N, S)``, ``S = 2 max(length) + 1``."""
+    """Which labels, between blanks, every example may emit: ``(N, S)``, ``S = 2 max(length) + 1`` as in the table."""
 
-    def __init__(self, log_probs: Any, targets: Tensor, input_lengths: Any, target_lengths: Any, blank: int) -> None:
-        device = log_probs.device
+    def __init__(
+        self, device: torch.device, targets: Tensor, input_lengths: Any, target_lengths: Any, blank: int, states: int
+    ) -> None:
         self.steps = torch.as_tensor(input_lengths, device=device).long()
         self.lengths = torch.as_tensor(target_lengths, device=device).long()
-        longest, count = int(self.lengths.max()) if len(self.lengths) else 0, len(self.lengths)
-        self.labels = torch.full((count, 2 * longest + 1), blank, device=device)
-        start = 0
-        for n, length in enumerate(self.lengths.tolist()):
-            own = targets[n] if targets.ndim == 2 else targets[start:]
-            self.labels[n, 1 : 2 * length : 2] = own[:length]
-            start += length
+        place = torch.arange(states // 2, device=device)
+        if targets.ndim == 2:
+            own = targets[:, : states // 2]
+        else:  # one after the other
+            starts = (self.lengths.cumsum(0) - self.lengths).unsqueeze(1)
+            own = targets[(starts + place).clamp(max=len(targets) - 1)]
+        self.labels = torch.full((len(self.lengths), states), blank, device=device)
+        if states > 1:
+            self.labels[:, 1::2] = torch.where(place < self.lengths.unsqueeze(1), own.to(device), blank)
         self.states = 2 * self.lengths + 1
         self.blank = blank
 
@@ -80,7 +83,7 @@ def ctc_loss(
     primal, table = aten._ctc_loss(
         primal_of(log_probs), targets, input_lengths, target_lengths, blank, zero_infinity
     )  # fmt: skip
-    lattice = _Lattice(log_probs, targets, input_lengths, target_lengths, blank)
+    lattice = _Lattice(log_probs.device, targets, input_lengths, target_lengths, blank, table.shape[2])
     if bool((lattice.steps < 1).any()):
         raise refused(aten._ctc_loss.default, "an input of length zero")
     alpha = lattice.scan(lattice.emissions(log_probs), lattice.labels)
@@ -94,13 +97,19 @@ def ctc_loss(
     return of_primal(primal, torch.where(torch.isfinite(primal), -final, 0.0)), of_primal(table, known)
 
 
+@jet_rule(aten._use_cudnn_ctc_loss.default, aten._use_cudnn_ctc_loss.Tensor)
+def use_cudnn_ctc_loss(*args: Any) -> bool:
+    """Never: torch's own kernel keeps the table that the adjoint needs."""
+    return False
+
+
 @jet_rule(aten._ctc_loss_backward.default, aten._ctc_loss_backward.Tensor)
 def ctc_loss_backward(
     grad: Any, log_probs: Any, targets: Tensor, input_lengths: Any, target_lengths: Any, loss: Any, table: Any,
     blank: int, zero_infinity: bool = False,
 ) -> Any:  # fmt: skip
     """``grad (p_t(c) - sum of the posteriors of the states that emit c)``, by the forward and backward recursions."""
-    lattice = _Lattice(log_probs, targets, input_lengths, target_lengths, blank)
+    lattice = _Lattice(grad.device, targets, input_lengths, target_lengths, blank, table.shape[2])
     emissions = lattice.emissions(log_probs)
     alpha = lattice.scan(emissions, lattice.labels)
     backward = lattice.reverse(
