@@ -200,7 +200,7 @@ def circles(problem: Problem, curves: Curves, tops: dict[int, Tensor], points: i
     """
     *_, before, last = [1, *tops] if len(tops) == 1 else tops
     growth = float(tops[last].norm() / tops[before].norm()) ** (1 / max(last - before, 1))
-    share = max(0.5, 1e-2 ** (1 / last))
+    share = max(0.5, 1e-3 ** (1 / last))
     return [on_circle(problem, curves, list(tops), r / growth, points) for r in (share, 0.97 * share)]
 
 

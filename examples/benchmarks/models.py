@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sketch.jets import JetTensor
+from lightning_sketch.optim import StableAdamW
 from lightning_sketch.shadow.planning import StepSize, directions_per_pass
 
 
@@ -133,3 +137,34 @@ def gpt(norm: bool = True) -> Case:
 
 
 CASES = {"mlp": mlp, "cnn": cnn, "gpt": gpt}
+
+
+class Training(pl.LightningModule):
+    """Cross-entropy of a model, with two tensors of optimizer state a parameter."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.model = case.model
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        return F.cross_entropy(self.model(inputs).flatten(0, -2), targets.flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return StableAdamW(self.parameters(), lr=1e-3)
+
+
+def train(case: Case, rows: Tensor, callbacks: list[pl.Callback], accelerator: str = "cpu") -> None:
+    """Train one epoch on rows of a case's batch, in batches of its size."""
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator=accelerator,
+        devices=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = TensorDataset(case.inputs[rows], case.targets[rows])
+    trainer.fit(Training(case), DataLoader(data, batch_size=len(case.inputs)))

@@ -18,30 +18,12 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
-from models import CASES, Case
-from torch.utils.data import DataLoader, TensorDataset
+from models import CASES, train
 
 import lightning_sketch.callbacks.sketch as callback
 from lightning_sketch import SketchCallback
-from lightning_sketch.optim import StableAdamW
 
 UNITS = 8
-
-
-class Training(pl.LightningModule):
-    """Cross-entropy of a model, with two tensors of optimizer state a parameter."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.model = case.model
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        inputs, targets = batch
-        return F.cross_entropy(self.model(inputs).flatten(0, -2), targets.flatten())
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return StableAdamW(self.parameters(), lr=1e-3)
 
 
 class BeforeWriting(pl.Callback):
@@ -86,18 +68,7 @@ def fit(
             along = torch.randn(directions, UNITS, dtype=torch.float64 if real else torch.complex128).numpy()
             units = (examples % UNITS).tolist()
             callbacks.append(SketchCallback(dirpath, along, degree, units=units, directions_per_pass=per_pass))
-        trainer = pl.Trainer(
-            max_epochs=1,
-            accelerator="gpu" if device == "cuda" else "cpu",
-            devices=1,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        data = TensorDataset(case.inputs[rows], case.targets[rows])
-        trainer.fit(Training(case), DataLoader(data, batch_size=len(case.inputs)))
+        train(case, rows, callbacks, "gpu" if device == "cuda" else "cpu")
     return {"planned": planned[-1], "steps": before_writing.peak, "whole": peak(device)}
 
 

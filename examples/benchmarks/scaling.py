@@ -14,9 +14,7 @@ import warnings
 import lightning.pytorch as pl
 import torch
 from microgpt_steps import StepTimes
-from models import CASES
-from peak_memory import Training
-from torch.utils.data import DataLoader, TensorDataset
+from models import CASES, train
 
 from lightning_sketch import SketchCallback
 
@@ -35,17 +33,7 @@ def step_seconds(name: str, steps: int, degree: int, directions: int, units: int
             of_example = (examples * 7919 % units).tolist()
             of_example[-1] = units - 1
             callbacks.insert(0, SketchCallback(dirpath, along, degree, units=of_example))
-        trainer = pl.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        data = TensorDataset(case.inputs[rows], case.targets[rows])
-        trainer.fit(Training(case), DataLoader(data, batch_size=len(case.inputs)))
+        train(case, rows, callbacks)
     return float(torch.tensor(clock.times).diff()[1:].min())
 
 

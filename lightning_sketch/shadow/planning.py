@@ -147,24 +147,6 @@ def directions_per_pass(size: StepSize, parts: int, degree: int, device: torch.d
     return max(1, _LARGEST_ON_CPU // (size.largest * parts * degree))
 
 
-def planned_bytes(
-    size: StepSize,
-    counts: Mapping[int, int],
-    per_pass: Mapping[int, int],
-    degree: int,
-    device: torch.device,
-    units: int = 0,
-) -> int:
-    """Return the bytes expected at the peak; arguments as in :func:`check_memory`."""
-    passes = (size.one_pass(min(per_pass[parts], count), parts, degree) for parts, count in counts.items() if count)
-    transient = max(passes, default=0)
-    if device.type != "cuda":
-        transient = int(_HOLES * transient)
-    measurements = sum(parts * count for parts, count in counts.items())
-    directions = measurements * units * 8  # float64 at most
-    return size.copies() + size.state(measurements, degree) + directions + transient
-
-
 def check_memory(
     size: StepSize,
     counts: Mapping[int, int],
@@ -188,7 +170,13 @@ def check_memory(
     """
 
     def planned(counts: Mapping[int, int], per_pass: Mapping[int, int] = per_pass) -> int:
-        return planned_bytes(size, counts, per_pass, degree, device, units)
+        passes = (size.one_pass(min(per_pass[parts], count), parts, degree) for parts, count in counts.items() if count)
+        transient = max(passes, default=0)
+        if device.type != "cuda":
+            transient = int(_HOLES * transient)
+        measurements = sum(parts * count for parts, count in counts.items())
+        directions = measurements * units * 8  # float64 at most
+        return size.copies() + size.state(measurements, degree) + directions + transient
 
     needed = planned(counts)
     free = available_bytes(device)

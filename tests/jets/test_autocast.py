@@ -182,6 +182,26 @@ def _inputs(info: Any, sample: Any, jets: bool) -> tuple[list[Tensor], Callable[
     return [x for x in leaves if isinstance(x, Tensor)], lambda: info.op(first, *args, **kwargs)
 
 
+ROUNDED_ONCE = {
+    "product": lambda x: x * x.flip(0),
+    "mean": lambda x: x.mean(0),
+    "exponential": torch.exp,
+    "gelu": F.gelu,
+    "softmax": lambda x: x.softmax(-1),
+    "layer norm": lambda x: F.layer_norm(x, (16,)),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED_ONCE)
+def test_coefficients_are_rounded_once_per_operator(name):
+    """Oracle: the same jets in float32, rounded at the end."""
+    torch.manual_seed(0)
+    point, block = torch.randn(4, 16).bfloat16(), torch.randn(DEGREE, 2, 2, 4, 16).bfloat16()
+    found = ROUNDED_ONCE[name](JetTensor(point, block))
+    expected = ROUNDED_ONCE[name](JetTensor(point.float(), block.float()))
+    assert torch.equal(found.coefficients, expected.coefficients.bfloat16())
+
+
 def weight_and_input() -> tuple[JetTensor, JetTensor]:
     torch.manual_seed(0)
     w, x = torch.randn(4, 4), torch.randn(3, 4)

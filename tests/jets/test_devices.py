@@ -207,7 +207,6 @@ def test_scaling_by_a_mask():
     )
 
 
-@pytest.mark.usefixtures("_without_their_kernels")
 def test_ctc_takes_the_kernel_that_keeps_its_table():
     """Oracle: the flag itself."""
     (x,) = jets((5, 2, 4))

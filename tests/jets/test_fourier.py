@@ -127,5 +127,8 @@ def test_directions_in_another_memory_order(shape, function):
 
 
 def test_empty():
-    """Oracle: the shape."""
-    assert torch.view_as_complex(jet(0, 2)).shape == (0,)
+    """Oracle: the shapes."""
+    a, b = jet(0, 1, 3).requires_grad_(), jet(0, 10, 3).requires_grad_()
+    y = torch.complex(a, b)
+    assert y.shape == (0, 10, 3)
+    assert [g.shape for g in torch.autograd.grad(torch.view_as_real(y).square().sum(), [a, b])] == [a.shape, b.shape]
