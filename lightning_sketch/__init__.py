@@ -8,6 +8,7 @@ from lightning_sketch.callbacks import Reweight, SketchCallback
 from lightning_sketch.errors import (
     ConfigurationError,
     FidelityError,
+    InstabilityError,
     LightningSketchError,
     SketchError,
     UnsupportedOperatorError,
@@ -22,6 +23,7 @@ __all__ = [
     "ConfigurationError",
     "DeletionPredictor",
     "FidelityError",
+    "InstabilityError",
     "LightningSketchError",
     "Reweight",
     "Sketch",

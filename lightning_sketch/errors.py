@@ -17,5 +17,9 @@ class FidelityError(LightningSketchError, RuntimeError):
     """The tracked run is not the user's run (different loss, gradient, update, or a value that is not finite)."""
 
 
+class InstabilityError(FidelityError):
+    """The loss or the Taylor coefficients are not finite any more: a sketch cannot go on from there."""
+
+
 class SketchError(LightningSketchError, RuntimeError):
     """A sketch on disk is missing, torn, altered, of another format version, or does not fit the module."""

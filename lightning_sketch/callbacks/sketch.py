@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_sketch.callbacks._examples import AroundTrainingStep
 from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design
-from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.errors import ConfigurationError, InstabilityError
 from lightning_sketch.jets.memory import give_back_freed_memory
 from lightning_sketch.shadow.checks import Readings, check_update
 from lightning_sketch.shadow.jets_of_run import RunJets
@@ -37,6 +37,7 @@ from lightning_sketch.shadow.wrapping import (
     check_trainer,
     piecewise_linear,
     refuse_averaging,
+    unwrap_training_step,
 )
 from lightning_sketch.sketch import Shard, check_writable, module_types, write_sketch
 
@@ -66,10 +67,13 @@ class SketchCallback(AroundTrainingStep):
             keeps a pass in the allocator's cache (CPU) or in half of the free memory (GPU).
         seed: of the random directions; two sketches of the same run with different seeds can be merged.
         every_n_train_steps: also write the sketch after every so many optimizer steps.
+        on_instability: what to do when the loss or the coefficients are not finite any more: ``"warn"`` gives up the
+            sketch and lets training go on, ``"stop"`` raises.
 
     Raises:
         ConfigurationError: in the constructor, in ``setup`` or on the first batch, naming what is not supported.
         FidelityError: during training, if the tracked run is not the user's run.
+        InstabilityError: during training, with ``on_instability="stop"``.
         UnsupportedOperatorError: on the first batch, if an operator has no Taylor rule.
     """
 
@@ -88,8 +92,11 @@ class SketchCallback(AroundTrainingStep):
         directions_per_pass: int | Literal["auto"] = "auto",
         seed: int = 0,
         every_n_train_steps: int | None = None,
+        on_instability: Literal["warn", "stop"] = "warn",
     ) -> None:
         super().__init__(units, ids)
+        if on_instability not in ("warn", "stop"):
+            raise ConfigurationError(f"`on_instability` must be 'warn' or 'stop' but is {on_instability!r}.")
         _check_count("degree", degree)
         if every_n_train_steps is not None:
             _check_count("every_n_train_steps", every_n_train_steps)
@@ -106,6 +113,7 @@ class SketchCallback(AroundTrainingStep):
         self.directions_per_pass = directions_per_pass
         self.seed = seed
         self.every_n_train_steps = every_n_train_steps
+        self.on_instability = on_instability
         self.weighting = LossWeighting(loss, normalization)
         self._hooks: list[Any] = []
         self._forget()
@@ -123,6 +131,7 @@ class SketchCallback(AroundTrainingStep):
         self._state_tensors = 0
         self._depth = 0
         self._steps = 0  # optimizer steps whose jets are carried
+        self._given_up = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -286,21 +295,41 @@ class SketchCallback(AroundTrainingStep):
 
         readings, step = self._readings, self._steps
         try:
-            for block in self._blocks:
-                params = block.advance(module, self._original, self.weighting, records, snapshot, clip, step, readings)
-                check_update(params, snapshot, self._names, step, readings)
-                del params  # with its gradients, which the next pass need not keep
-            self._counts = ask_counts(snapshot.optimizer, self._names, readings)
-        finally:  # an exception may only follow from what a reading raises
-            readings.read()
+            try:
+                for block in self._blocks:
+                    params = block.advance(
+                        module, self._original, self.weighting, records, snapshot, clip, step, readings
+                    )
+                    check_update(params, snapshot, self._names, step, readings)
+                    del params  # with its gradients, which the next pass need not keep
+                self._counts = ask_counts(snapshot.optimizer, self._names, readings)
+            finally:  # an exception may only follow from what a reading raises
+                readings.read()
+        except InstabilityError as error:
+            if self.on_instability == "stop":
+                raise
+            self._give_up(module, error)
+            return
         self._tracked.note(dict(module.named_parameters()))
         self._steps += 1
         if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
             self._write(module, snapshot.optimizer)
 
+    def _give_up(self, module: pl.LightningModule, error: InstabilityError) -> None:
+        """Leave the run alone from here on; the optimizer's hooks stay, which do nothing without a snapshot."""
+        assert self._original is not None
+        unwrap_training_step(module, self._original)
+        self._original = None
+        steps = self._steps - self._steps % self.every_n_train_steps if self.every_n_train_steps else 0
+        last = f"of step {steps} stays in `{self.dirpath}`" if steps else "is not written"
+        self._blocks, self._tracked, self._given_up = [], TrackedTensors(), True
+        rank_zero_warn(f"SketchCallback: {error} Training goes on; the sketch {last}.")
+
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called at the regular end of training: writes the sketch."""
+        if self._given_up:
+            return
         if not self._steps or trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(f"SketchCallback: no sketch was written to `{self.dirpath}`, since this was no training.")
             return

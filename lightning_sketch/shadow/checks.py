@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sketch.errors import FidelityError
+from lightning_sketch.errors import FidelityError, InstabilityError
 from lightning_sketch.jets.tensor import JetTensor, primal_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def check_loss(loss: Tensor, theirs: Tensor, step: int, readings: Readings) -> N
         loss: of the re-run.
         theirs: the user's, float64.
         step: number of the optimizer step.
-        readings: which raises :class:`FidelityError` if it is not, or is not finite.
+        readings: which raises :class:`FidelityError` if it is not, :class:`InstabilityError` if it is not finite.
     """
     ours: Tensor = primal_of(loss)
     tolerance = TOLERANCE.get(ours.dtype, 1e-3)
@@ -66,7 +66,9 @@ def check_loss(loss: Tensor, theirs: Tensor, step: int, readings: Readings) -> N
     def judge(values: np.ndarray) -> None:
         ours, theirs = values.tolist()
         if not np.isfinite(theirs):
-            raise FidelityError(f"The training loss is {theirs} at optimizer step {step}: a sketch needs a finite run.")
+            raise InstabilityError(
+                f"The training loss is {theirs} at optimizer step {step}: a sketch needs a finite run."
+            )
         if not abs(ours - theirs) <= tolerance * (1 + abs(theirs)):
             raise FidelityError(
                 f"Running `training_step` again at optimizer step {step} gives loss {ours:.8g}, but the run had "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sketch.errors import FidelityError
+from lightning_sketch.errors import InstabilityError
 from lightning_sketch.jets.tensor import JetTensor, Lead, jet, wrap
 from lightning_sketch.shadow import update
 from lightning_sketch.shadow.checks import Readings, check_gradients, check_loss
@@ -82,7 +82,7 @@ class RunJets:
             clip: the user's gradient clipping.
             step: number of the optimizer step.
             readings: to be read before the next step: raises :class:`FidelityError` if the re-run's loss or gradient is
-                not the user's, or anything is not finite; and scales the coefficients.
+                not the user's, :class:`InstabilityError` if loss or coefficients are not finite; and scales the latter.
 
         Returns:
             The parameters after the step.
@@ -157,7 +157,7 @@ class RunJets:
     def _rescale(self, largest: np.ndarray, step: int) -> None:
         """Move the exponents of directions whose coefficients, at most ``largest``, ``(R, k)``, leave a safe range."""
         if not np.isfinite(largest).all():
-            raise FidelityError(
+            raise InstabilityError(
                 f"The Taylor coefficients of the parameters are not finite after optimizer step {step}: the run is not "
                 "stable at this degree. Usual cures: a smaller learning rate, a lower `degree`, float64, smooth "
                 "activations, and `StableAdamW` (eps inside the root) instead of Adam."

@@ -341,7 +341,7 @@ class Sharp(Product):
 def test_coefficients_that_overflow_within_a_step_are_refused(tmp_path):
     """Oracle: the error's words; in the second step order 20 grows by 1e120, more than float32 has room for."""
     signs = torch.tensor([1.0, -1.0] * 3)
-    callback = SketchCallback(tmp_path, signs.double().numpy()[None], 20)
+    callback = SketchCallback(tmp_path, signs.double().numpy()[None], 20, on_instability="stop")
     loader = DataLoader(TensorDataset(signs, signs), 6)
     words = "Taylor coefficients of the parameters are not finite after optimizer step 1: the run is not stable"
     with pytest.raises(FidelityError, match=words):
