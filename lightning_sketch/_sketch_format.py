@@ -10,11 +10,13 @@ A sketch is a directory of ``sketch.json`` and safetensors files:
 - ``modules`` names the type of every submodule but metrics, since parameters alone do not tell Tanh from ReLU.
 - ``primal-*`` holds every tensor of the user's own run once. ``coefficients-*`` hold the shards, name ->
   ``(R, P, k, *S)``: orders 1 to R, ``P`` = 2 (re, im) or 1 (real directions only), and the ``k`` directions whose rows
-  ``coefficients.shards[].directions`` lists. A tensor that does not change with the data is absent there.
+  ``coefficients.shards[].directions`` lists, at least one. A tensor that does not change with the data is absent
+  there; at least one that is there MUST have entries, so that the size of a file bounds ``R``.
 - ``coefficients.exponents`` holds one integer ``e_j`` for each of the ``K`` directions, at most 4096 in size: what a
   shard holds as order ``r`` of direction ``j`` MUST be read as ``2^(r e_j)`` times the coefficient. So the high orders
   of a geometric series stay within float32.
-- ``units-*`` (``units``: int64 per example, -1 = not deletable) MUST be there unless example ``i`` is unit ``i``.
+- ``units-*`` (``units``: int64 per example, -1 = not deletable) MUST be there unless example ``i`` is unit ``i``. The
+  largest unit plus one MUST be ``num_units``.
 - ``directions-*`` (``directions``: ``(K, n, 2)`` float64, real and imaginary parts) MUST be there unless
   ``directions.recipe`` gives the array back and it has at most 2^28 entries. ``directions.probe`` is ``Psi w`` with
   ``w_u = cos(u)``: QR and norms differ by rounding between machines, so a regenerated array need agree with the probe
@@ -43,7 +45,7 @@ FORMAT_VERSION = 1
 
 JSON_NAME = "sketch.json"
 MAX_JSON_BYTES = 2**28
-MAX_REGENERATED_ENTRIES = 2**28  # K * n; 4 GiB. More must be in a file, whose size then bounds what a reader allocates
+MAX_REGENERATED_ENTRIES = 2**28  # K * n; 4 GiB. More must be in a file, which bounds what a reader allocates
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -104,7 +106,7 @@ _SCHEMA: dict[str, Any] = {
     "num_units": _is_positive,
     "num_examples": _is_positive,
     "steps": _is_count,
-    "normalization": _is_text,
+    "normalization": _one_of("batch", "remaining"),
     "optimizer": _is_text,
     "loss": _is_text,
     "modules": (_is_text,),
@@ -161,7 +163,10 @@ def _inconsistency(metadata: dict[str, Any]) -> str | None:
         "directions.file": metadata["directions"]["file"] is not None or n * k <= MAX_REGENERATED_ENTRIES,
         "directions.probe": len(probe) == k and all(len(row) == 2 for row in probe),
         "coefficients.exponents": len(metadata["coefficients"]["exponents"]) == k,
+        # Only tensors with entries and shards with directions bound `degree` by the size of a file.
+        "coefficients.shards": all(shard["directions"] for shard in shards),
         "coefficients.names": names and len(set(names)) == len(names) and set(names) <= set(primal["tensors"]),
+        "primal.tensors": any(0 not in primal["tensors"][name]["shape"] for name in names if name in primal["tensors"]),
         "files": sorted(files) == sorted(metadata["files"]),
     }
     return next((key for key, holds in checks.items() if not holds), None)
@@ -194,7 +199,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             raise ValueError(f"wrong, missing or unknown key `{fault}`")
         if self_checksum(metadata) != metadata["checksum"]:
             raise ValueError("its checksum is not that of its content")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise damaged(path, f"is not what a sketch was written with ({error})") from error
     return dict(metadata)
 

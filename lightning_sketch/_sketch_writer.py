@@ -170,12 +170,12 @@ def _as_sketch_error(path: Path) -> Iterator[None]:
 
 def _sync_directory(path: Path) -> None:
     if sys.platform != "win32":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # some file systems can not sync directories
+        with contextlib.suppress(OSError):  # some file systems can not sync directories
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
                 os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _without_sharing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

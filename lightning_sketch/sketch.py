@@ -40,7 +40,9 @@ from lightning_sketch.errors import ConfigurationError, SketchError
 from lightning_sketch.shadow.scaling import MAX_EXPONENT, scale_orders
 
 _PROBE_TOLERANCE = 1e-9
-# What two sketches must share to be parts of one: all but the directions.
+_SAME_DIRECTION = 1e-12  # of the squared distance, in units of the squared length
+# What two sketches must share to be parts of one, beside the unit map and, bit by bit, the final tensors. Those tell
+# apart runs of another seed, data order or hyperparameter, which are not recorded by themselves.
 _SAME_RUN = ("degree", "dtype", "num_examples", "num_units", "steps", "normalization", "optimizer", "loss", "modules")
 
 
@@ -217,7 +219,7 @@ class Sketch:
             raise ConfigurationError(f"`sketches` holds {len(sketches)}: give at least two to merge.")
         _check_mergeable(sketches)
         recipes = [sketch.metadata["directions"]["recipe"] for sketch in sketches]
-        flat = [part for recipe in recipes for part in recipe.get("merged", [recipe])]
+        flat = [part for recipe in recipes for part in _parts(recipe)]
         stacked = Directions(
             np.concatenate([sketch.directions for sketch in sketches]), {"design": "merged", "merged": flat}
         )
@@ -258,7 +260,7 @@ class Sketch:
         check_digest(path, entry, hashlib.sha256(data).hexdigest())
         try:
             return parse_tensors(data)
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
             raise damaged(path, f"is not a safetensors file ({error})") from error
 
     def _locate(self, name: str) -> tuple[Path, dict[str, Any]]:
@@ -269,6 +271,8 @@ class Sketch:
         units = np.arange(self.num_examples) if name is None else self._read(name)["units"].numpy()
         if units_checksum(units) != self.metadata["units"]["checksum"]:
             raise damaged(self.dirpath / (name or JSON_NAME), "does not give the unit map that was recorded")
+        if units.min() < -1 or count_units(units) != self.num_units:
+            raise damaged(self.dirpath / (name or JSON_NAME), f"holds no unit map of {self.num_units} units")
         units.setflags(write=False)
         return units
 
@@ -286,18 +290,15 @@ class Sketch:
     def _regenerate_directions(self) -> Directions:
         recorded, path = self.metadata["directions"], self.dirpath / JSON_NAME
         try:
-            # Counted first: a stranger's recipe must not make us allocate more than `sketch.json` says.
-            if _count_rows(recorded["recipe"], self.num_units) != self.num_directions:
-                raise damaged(path, f"has a recipe that does not make {self.num_directions} directions")
-            directions = _follow_recipe(recorded["recipe"], self.num_units)
-        except (ConfigurationError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
+            directions = _follow_recipe(recorded["recipe"], self.num_units, self.num_directions)
+        except ConfigurationError as error:
             raise damaged(path, f"has a recipe of directions that can not be followed ({error})") from error
         if directions.checksum() != recorded["checksum"]:
             probe = np.array(recorded["probe"], dtype=np.float64)
             if not np.allclose(_probe(directions.array), probe, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE):
                 raise SketchError(
                     f"`{path}` has a recipe that gives other directions here than when it was written: install "
-                    f"numpy {self.metadata['versions']['numpy']}, or restore the file from a backup."
+                    f"numpy {self.metadata['versions'].get('numpy')}, or restore the file from a backup."
                 )
         return directions
 
@@ -471,8 +472,7 @@ def _check_shard(
 def _check_mergeable(sketches: Sequence[Sketch]) -> None:
     """Refuse parts that are not of one run, and directions that two parts hold."""
     first = sketches[0]
-    seen: set[bytes] = set()
-    for sketch in sketches:
+    for position, sketch in enumerate(sketches):
         differing = [key for key in _SAME_RUN if sketch.metadata[key] != first.metadata[key]]
         if sketch.metadata["units"]["checksum"] != first.metadata["units"]["checksum"]:
             differing.append("unit map")
@@ -485,13 +485,18 @@ def _check_mergeable(sketches: Sequence[Sketch]) -> None:
                 f"`{sketch.dirpath}` is of another run than `{first.dirpath}` ({', '.join(differing)} differ): "
                 "merge only sketches of runs that are equal but for their directions."
             )
-        rows = {row.tobytes() for row in sketch.directions}
-        if rows & seen:
+        if any(_share_a_direction(sketch.directions, earlier.directions) for earlier in sketches[:position]):
             raise SketchError(
                 f"`{sketch.dirpath}` holds directions that an earlier part holds too: sketch with another `seed`, "
                 "and with what a design does not draw (basis, indicator, common) in one part only."
             )
-        seen |= rows
+
+
+def _share_a_direction(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether a row of one is in the other, up to the rounding by which two machines differ in the same draw."""
+    norms = [np.einsum("kn,kn->k", rows, rows.conj()).real for rows in (first, second)]
+    distances = norms[0][:, None] + norms[1] - 2 * (first @ second.conj().T).real
+    return bool((distances <= _SAME_DIRECTION * norms[0][:, None]).any())
 
 
 def _primal_digest(sketch: Sketch) -> str:
@@ -509,18 +514,30 @@ def _save_directions(writer: SketchWriter, directions: Directions) -> dict[str, 
     }
     if array.size <= MAX_REGENERATED_ENTRIES:
         with contextlib.suppress(ConfigurationError):  # raised for an explicit array
-            if _follow_recipe(directions.recipe, directions.num_units).checksum() == recorded["checksum"]:
+            followed = _follow_recipe(directions.recipe, directions.num_units, directions.num_directions)
+            if followed.checksum() == recorded["checksum"]:
                 return recorded
     parts = np.stack([array.real, array.imag], axis=-1)
     return {**recorded, "file": writer.save("directions", {"directions": torch.from_numpy(parts)})}
 
 
-def _follow_recipe(recipe: dict[str, Any], num_units: int) -> Directions:
-    if "merged" not in recipe:
-        return make_from_recipe(recipe, num_units)
-    array = np.concatenate([make_from_recipe(part, num_units).array for part in recipe["merged"]])
-    array.setflags(write=False)
-    return Directions(array, recipe)
+def _follow_recipe(recipe: dict[str, Any], num_units: int, num_directions: int) -> Directions:
+    """Return the directions of a recipe, be it a stranger's; all that can be wrong with it is ConfigurationError."""
+    try:
+        # Counted first: it must not make us allocate more than `sketch.json` says.
+        if (rows := _count_rows(recipe, num_units)) != num_directions:
+            raise ValueError(f"{rows} directions and not {num_directions}")
+        if "merged" not in recipe:
+            return make_from_recipe(recipe, num_units)
+        array = np.concatenate([make_from_recipe(part, num_units).array for part in recipe["merged"]])
+        array.setflags(write=False)
+        return Directions(array, recipe)
+    except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"`recipe` is not one of directions: {error!r}.") from error
+
+
+def _parts(recipe: dict[str, Any]) -> list[Any]:
+    return recipe["merged"] if isinstance(recipe.get("merged"), list) else [recipe]
 
 
 def _count_rows(recipe: dict[str, Any], num_units: int) -> int:

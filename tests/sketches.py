@@ -1,5 +1,9 @@
 """Small sketches for tests, and the numbers that they hold."""
 
+import hashlib
+import json
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +43,7 @@ def make_shards(directions: Directions, degree: int, size: int = 2, dtype: torch
 
 def write(dirpath: Path, *, design: Any = 3, names: str = "basis+sphere", seed: int = 0, **changes: Any) -> Sketch:
     units = np.array(changes.pop("units", UNITS))
-    directions = make_directions(design, names, int(units.max()) + 1, seed=seed)
+    directions = changes.get("directions") or make_directions(design, names, int(units.max()) + 1, seed=seed)
     degree = changes.get("degree", 2)
     arguments = {
         "primal": make_primal(),
@@ -68,3 +72,25 @@ def flip(position: float) -> Callable[[Path], None]:
         path.write_bytes(data)
 
     return flip_bit
+
+
+def resign(dirpath: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Edit ``sketch.json`` as a forger would: with the right checksum."""
+    path = dirpath / "sketch.json"
+    content = json.loads(path.read_text())
+    del content["checksum"]
+    change(content)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(content))
+
+
+class Bomb:
+    """A pickle of this makes a directory when it is opened."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)
+
+    @staticmethod
+    def pickled(protocol: int = pickle.DEFAULT_PROTOCOL) -> bytes:
+        return pickle.dumps(Bomb(), protocol)

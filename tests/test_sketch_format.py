@@ -1,9 +1,7 @@
 """Every way a file of a sketch can be wrong gives `SketchError`: no number, no executed code, no giant allocation."""
 
-import hashlib
 import json
 import os
-import pickle
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -12,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sketches import data_file, flip, write
+from sketches import Bomb, data_file, flip, resign, write
 
 from lightning_sketch.directions import Directions
 from lightning_sketch.errors import SketchError
@@ -25,24 +23,6 @@ def read_all(sketch: Sketch) -> None:
     assert list(sketch.shards())
     assert len(sketch.units)
     assert len(sketch.directions)
-
-
-def resign(dirpath: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Edit ``sketch.json`` as a forger would: with the right checksum."""
-    path = dirpath / "sketch.json"
-    content = json.loads(path.read_text())
-    del content["checksum"]
-    change(content)
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    content["checksum"] = hashlib.sha256(text.encode()).hexdigest()
-    path.write_text(json.dumps(content))
-
-
-class Bomb:
-    """A pickle of this makes a directory when it is opened."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, ("executed",)
 
 
 def rewrite_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -86,8 +66,8 @@ FAULTS: dict[str, Callable[[Path], Any]] = {
     "first bit flipped": flip(0),
     "header bit flipped": flip(0.1),
     "last bit flipped": flip(1),
-    "pickle": lambda path: path.write_bytes(pickle.dumps(Bomb())),
-    "pickle of the same size": lambda path: path.write_bytes(pickle.dumps(Bomb()).ljust(path.stat().st_size, b".")),
+    "pickle": lambda path: path.write_bytes(Bomb.pickled()),
+    "pickle of the same size": lambda path: path.write_bytes(Bomb.pickled().ljust(path.stat().st_size, b".")),
     "link out of the directory": replace_by_link,
     "pipe": replace_by_pipe,
     "directory": replace_by_directory,
@@ -141,7 +121,7 @@ def test_swapped_shards(tmp_path: Path) -> None:
 def test_extra_files_are_tolerated(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "primal-00000000.safetensors").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "primal-00000000.safetensors").write_bytes(Bomb.pickled())
     Sketch.load(tmp_path).verify()
 
 
