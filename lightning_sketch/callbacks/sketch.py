@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sketch.callbacks._examples import AroundTrainingStep
-from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design
+from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design, units_checksum
 from lightning_sketch.errors import ConfigurationError, InstabilityError
 from lightning_sketch.jets.memory import give_back_freed_memory
 from lightning_sketch.shadow.checks import Readings, check_update
@@ -132,6 +132,7 @@ class SketchCallback(AroundTrainingStep):
         self._depth = 0
         self._steps = 0  # optimizer steps whose jets are carried
         self._given_up = False
+        self._loaded: dict[str, Any] | None = None  # from a checkpoint, until training starts
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -145,7 +146,8 @@ class SketchCallback(AroundTrainingStep):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when optimizer and data exist: draws the directions, says the cost, begins to follow the run."""
-        check_start(trainer, "SketchCallback")
+        if self._loaded is None:
+            check_start(trainer, "SketchCallback", "resume a checkpoint that was saved with this callback, or ")
         optimizer = check_optimizers(trainer.optimizers, pl_module, "SketchCallback")
         self._units.start(trainer)
         self._names = {p: name for name, p in pl_module.named_parameters()}
@@ -156,7 +158,65 @@ class SketchCallback(AroundTrainingStep):
             optimizer.register_step_pre_hook(lambda *_: self._enter_step()),
             optimizer.register_step_post_hook(lambda *_: self._leave_step(trainer, pl_module)),
         ]
-        self._take_step(pl_module, lambda step, args: self._recorded(trainer, pl_module, step, args))
+        if self._loaded is not None:
+            self._resume(pl_module, self._loaded)
+        if not self._given_up:
+            self._take_step(pl_module, lambda step, args: self._recorded(trainer, pl_module, step, args))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Called where a checkpoint is saved: the coefficients so far, as tensors and primitives."""
+        if not self._blocks and not self._given_up:
+            return {}
+        return {
+            "version": 1,
+            "run": self._run(),
+            "steps": self._steps,
+            "given_up": self._given_up,
+            "blocks": [block.state_dict() for block in self._blocks],
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called before training is resumed, when there is no optimizer yet."""
+        self._loaded = state_dict or None
+
+    def _run(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed."""
+        assert self._drawn is not None
+        directions = dict(self._drawn.recipe)
+        if directions["design"] == "explicit":
+            directions["checksum"] = self._drawn.checksum()
+        return {
+            "degree": self.degree,
+            "directions": directions,
+            "units": units_checksum(self._units.of_example),
+            "normalization": self.weighting.normalization,
+            "loss": self.weighting.name,
+        }
+
+    def _resume(self, module: pl.LightningModule, state: dict[str, Any]) -> None:
+        """Take up the coefficients of a checkpoint.
+
+        Raises:
+            ConfigurationError: naming the argument that is not that of the run so far.
+        """
+        assert self._drawn is not None
+        ours, theirs = self._run(), state["run"] if state.get("version") == 1 else {}
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise ConfigurationError(
+                    f"SketchCallback: `{name}` is {value}, but the checkpoint was saved with {theirs.get(name)}: give "
+                    "the arguments that training began with, or train from the beginning, without `ckpt_path`."
+                )
+        dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
+        for saved in state["blocks"]:
+            indices = np.array(saved["indices"], dtype=np.int64)
+            block = RunJets(indices, self._drawn.array[indices], self.degree, dtype, module.device)
+            block.load_state_dict(saved)
+            self._blocks.append(block)
+        self._steps, self._given_up, self._loaded = state["steps"], state["given_up"], None
+        self._tracked.note(_tensors(module))
 
     def _make_blocks(self, step: StepSize, module: pl.LightningModule) -> Iterator[RunJets]:
         """Directions of one kind each, so that real ones cost half, as many as one pass carries."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,34 @@ class RunJets:
         self.buffers: dict[str, Tensor | None] = {}
         self.state: StateBlocks = {}
         self._carried: frozenset[str] = frozenset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes in training, as tensors and primitives."""
+        optimizer: dict[str, dict[str, Tensor | None]] = {}
+        for (name, key), block in self.state.items():
+            optimizer.setdefault(name, {})[key] = block
+        return {
+            "indices": self.indices.tolist(),
+            "exponents": self.exponents.tolist(),
+            "params": dict(self.params),
+            "buffers": dict(self.buffers),
+            "optimizer": optimizer,
+            "carried": sorted(self._carried),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` gave for the same directions."""
+
+        def placed(blocks: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+            return {name: None if block is None else block.to(self.psi.device) for name, block in blocks.items()}
+
+        exponents = np.array(state["exponents"], dtype=np.int64)
+        self.psi = scale_orders(self.psi[None], exponents - self.exponents)[0]
+        self.exponents = exponents
+        self.params, self.buffers = placed(state["params"]), placed(state["buffers"])
+        tensors = {name: placed(of_param) for name, of_param in state["optimizer"].items()}
+        self.state = {(name, key): b for name, of_param in tensors.items() for key, b in of_param.items()}
+        self._carried = frozenset(state["carried"])
 
     def weights(self, units: Tensor) -> JetTensor:
         """Weights ``w_i = 1 - x_u(i)`` along the directions, ``(B,)``: order 1 is ``-psi_u(i)``, the others vanish.

@@ -16,6 +16,7 @@ import torch
 import torchmetrics
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sketch.errors import ConfigurationError
@@ -204,6 +205,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
+def _refuse_reentrant(*args: Any) -> None:
+    raise ConfigurationError(
+        "`training_step` calls `torch.utils.checkpoint.checkpoint` with `use_reentrant=True`, whose backward pass "
+        "hides the graph from a re-run: pass `use_reentrant=False`."
+    )
+
+
 @contextmanager
 def quiet(module: Any, random_state: RandomState, module_state: ModuleState | None = None) -> Iterator[None]:
     """Within, the user's module may be run without a trace; it starts from ``random_state`` and ``module_state``.
@@ -220,6 +228,7 @@ def quiet(module: Any, random_state: RandomState, module_state: ModuleState | No
     present_foreign = [ModuleState(m) for m in metrics if id(m) not in own]
     trainer: Any = getattr(module, "_trainer", None)
     loggers = list(trainer.loggers) if trainer is not None else []
+    present_checkpoint = CheckpointFunction.apply
     try:
         if module_state is not None:
             module_state.restore()
@@ -230,8 +239,10 @@ def quiet(module: Any, random_state: RandomState, module_state: ModuleState | No
         if loggers:
             trainer.loggers = [DummyLogger()]
         random_state.restore()
+        CheckpointFunction.apply = _refuse_reentrant  # type: ignore[method-assign]
         yield
     finally:
+        CheckpointFunction.apply = present_checkpoint  # type: ignore[method-assign]
         if loggers:
             trainer.loggers = loggers
         for state in present_foreign:

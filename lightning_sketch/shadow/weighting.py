@@ -7,7 +7,7 @@ what is left of it (``"remaining"``: ``sum_i w_i l_i / sum_i w_i``).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -161,7 +161,7 @@ def refuse_unweighted(mode: WeightedReductions, outputs: Any) -> None:
 
 def training_loss(outputs: Any) -> Tensor | None:
     """Return the loss in what a ``training_step`` returned: a tensor, a mapping with ``"loss"``, or ``None``."""
-    return outputs["loss"] if isinstance(outputs, dict) else outputs
+    return outputs["loss"] if isinstance(outputs, Mapping) else outputs
 
 
 class LossWeighting:

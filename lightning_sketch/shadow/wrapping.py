@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
@@ -65,6 +66,9 @@ def check_trainer(trainer: Any, module: Any, who: str) -> None:
         problems.append(f"precision {trainer.precision!r} (use '32-true', '64-true' or 'bf16-mixed')")
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         problems.append("`training_step(dataloader_iter)` (take `batch` instead)")
+    scripted = next((name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        problems.append(f"the TorchScript module `{scripted}` (use the module that was scripted, or `torch.compile`)")
     if problems:
         raise ConfigurationError(f"{who} does not support: {'; '.join(problems)}.")
 
@@ -100,16 +104,16 @@ def piecewise_linear(module: nn.Module) -> list[str]:
     ]
 
 
-def check_start(trainer: Any, who: str) -> None:
-    """Refuse runs whose beginning was not seen.
+def check_start(trainer: Any, who: str, remedy: str = "") -> None:
+    """Refuse runs whose beginning was not seen; ``remedy`` is another one than to train from the beginning.
 
     Raises:
         ConfigurationError: if optimizer steps were taken before.
     """
     if trainer.global_step > 0:
         raise ConfigurationError(
-            f"{who} must see training from its first step, but this run starts at step {trainer.global_step}: train "
-            "from the beginning, without `ckpt_path`, with a new Trainer."
+            f"{who} must see training from its first step, but this run starts at step {trainer.global_step}: {remedy}"
+            "train from the beginning, without `ckpt_path`, with a new Trainer."
         )
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ from helpers import FEATURES, Classifier, assert_first_order, data, fit, loader,
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_sketch import Reweight
 from lightning_sketch.errors import ConfigurationError, FidelityError
 from lightning_sketch.shadow.record import call_with_tensors
 
@@ -407,6 +407,7 @@ def test_a_run_on_batches_of_one(tmp_path):
 
 
 def test_two_callbacks_that_take_the_place_of_the_step_are_refused(tmp_path):
-    callbacks: list[pl.Callback] = [sketch(tmp_path), sketch(tmp_path / "other")]
     with pytest.raises(ConfigurationError, match="`callbacks` holds more than one"):
-        fit(Classifier, callbacks)
+        fit(Classifier, [sketch(tmp_path), Reweight(delete=[0])])
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `SketchCallback`"):  # Lightning's
+        fit(Classifier, [sketch(tmp_path), sketch(tmp_path / "other")])

@@ -1,0 +1,145 @@
+"""A run that is resumed from a checkpoint ends with the sketch of the run that was never interrupted."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from helpers import FEATURES, Classifier, fit, loader
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_sketch import ConfigurationError, Sketch, SketchCallback, StableAdamW
+
+UNITS = [i % 4 for i in range(12)]
+EPOCHS = 4
+
+
+class Normalised(Classifier):
+    """With running statistics, optimizer state and a schedule."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(FEATURES, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)))
+        self.double()  # before the Trainer would: it restores optimizer state in the dtype that parameters have then
+
+    def configure_optimizers(self) -> Any:
+        optimizer = StableAdamW(self.parameters(), lr=0.02, eps=1e-3)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+
+def callback(dirpath: Path, **changed: Any) -> SketchCallback:
+    options = {"directions": 3, "degree": 2, "design": "sphere+common", "units": UNITS, "directions_per_pass": 2}
+    return SketchCallback(dirpath, **{**options, **changed})
+
+
+def resume(checkpoint: Path, *callbacks: pl.Callback, epochs: int = EPOCHS) -> pl.LightningModule:
+    pl.seed_everything(9, verbose=False)
+    module = Normalised()
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        precision="64-true",
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader(), ckpt_path=checkpoint)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with a checkpoint of every epoch."""
+    dirpath = tmp_path_factory.mktemp("run")
+    saving = ModelCheckpoint(dirpath, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    module, _ = fit(Normalised, [callback(dirpath / "sketch"), saving], epochs=EPOCHS, enable_checkpointing=True)
+    torch.save(module.state_dict(), dirpath / "final.pt")
+    return dirpath
+
+
+@pytest.mark.parametrize("epoch", range(EPOCHS - 1))
+def test_the_sketch_is_that_of_the_whole_run(run: Path, epoch: int, tmp_path: Path) -> None:
+    """Oracle: the run that was never interrupted, to the last bit."""
+    module = resume(run / f"epoch={epoch}.ckpt", callback(tmp_path / "sketch"))
+    for name, value in torch.load(run / "final.pt").items():
+        assert torch.equal(module.state_dict()[name], value), name
+    whole, resumed = Sketch.load(run / "sketch"), Sketch.load(tmp_path / "sketch")
+    assert resumed.steps == whole.steps == 3 * EPOCHS
+    assert np.array_equal(resumed.exponents, whole.exponents)
+    for a, b in zip(resumed.shards(), whole.shards(), strict=True):
+        assert np.array_equal(a.indices, b.indices)
+        assert set(a.scaled) == set(b.scaled)
+        for name, value in b.scaled.items():
+            assert torch.equal(a.scaled[name], value), name
+            assert value.any()
+
+
+def test_the_state_is_of_tensors_and_primitives(run: Path) -> None:
+    """Oracle: torch's loader that runs no code."""
+    state = torch.load(run / "epoch=1.ckpt", weights_only=True)["callbacks"]["SketchCallback"]
+    assert state["steps"] == 6
+    assert len(state["blocks"]) == 4  # one common direction, and the others by two
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"degree": 3}, "degree"),
+        ({"seed": 1}, "directions"),
+        ({"directions": 4}, "directions"),
+        ({"directions": np.ones((2, 4))}, "directions"),
+        ({"units": UNITS[::-1]}, "units"),
+        ({"normalization": "remaining"}, "normalization"),
+    ],
+)
+def test_other_arguments_are_refused(run: Path, changed: dict[str, Any], name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=rf"`{name}` is .*the checkpoint was saved with.*`ckpt_path`"):
+        resume(run / "epoch=0.ckpt", callback(tmp_path, **changed))
+    assert not (tmp_path / "sketch.json").exists()
+
+
+def test_a_checkpoint_without_our_state_is_refused(tmp_path: Path) -> None:
+    _, trainer = fit(Normalised, epochs=1)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(
+        ConfigurationError, match=r"first step.*starts at step 3: resume a checkpoint that was saved with this callback"
+    ):
+        resume(tmp_path / "run.ckpt", callback(tmp_path))
+
+
+def test_explicit_directions_are_compared(tmp_path: Path) -> None:
+    """Oracle: the whole run."""
+    psi = np.random.default_rng(0).normal(size=(2, 4))
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    options: dict[str, Any] = {"enable_checkpointing": True, "epochs": 2}
+    fit(Normalised, [callback(tmp_path / "whole", directions=psi), saving], **options)
+    resume(tmp_path / "epoch=0.ckpt", callback(tmp_path / "part", directions=psi), epochs=2)
+    for a, b in zip(*(Sketch.load(tmp_path / name).shards() for name in ("whole", "part")), strict=True):
+        for name, value in a.scaled.items():
+            assert torch.equal(b.scaled[name], value)
+    with pytest.raises(ConfigurationError, match="`directions` is"):
+        resume(tmp_path / "epoch=0.ckpt", callback(tmp_path / "other", directions=2 * psi), epochs=2)
+
+
+class NotANumber(Normalised):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * (float("nan") if self.global_step == 1 else 1.0)
+
+
+def test_a_sketch_that_was_given_up_stays_so(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Training goes on"):
+        fit(NotANumber, [callback(tmp_path / "a", directions_per_pass="auto"), Saves(tmp_path)], epochs=1)
+    resume(tmp_path / "end.ckpt", callback(tmp_path / "b"), epochs=2)
+    assert not (tmp_path / "b/sketch.json").exists()
+
+
+class Saves(pl.Callback):
+    def __init__(self, dirpath: Path) -> None:
+        self.dirpath = dirpath
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self.dirpath / "end.ckpt")
