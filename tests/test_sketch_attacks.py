@@ -7,6 +7,7 @@ sizes and SHA-256 may give other numbers, but makes a reader neither crash, hang
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -623,7 +624,22 @@ def test_files_that_the_system_does_not_let_grow(tmp_path: Path, limit: int) -> 
 
 
 def test_killed_writers(tmp_path: Path) -> None:
-    """SIGKILL at 20 moments: the old or the new sketch is there, whole; the next writer removes what was left."""
+    """SIGKILL at 20 moments: the old or the new sketch is there, whole; the next writer removes what was left.
+
+    Half of the moments are random, the others are before a file reaches the disk.
+    """
+
+    def killed_at(count: int, steps: int) -> None:
+        calls, fsync = itertools.count(1), os.fsync
+
+        def kill_or_sync(fd: int) -> None:
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(fd)
+
+        os.fsync = kill_or_sync  # type: ignore[assignment]
+        write(tmp_path, steps=steps)
+
     write(tmp_path)
     began = time.monotonic()
     os.waitpid(in_child(lambda: write(tmp_path, steps=13)), 0)
@@ -634,9 +650,12 @@ def test_killed_writers(tmp_path: Path) -> None:
     left = 0
     for steps in range(100, 120):
         previous = Sketch.load(tmp_path).steps
-        child = in_child(lambda steps=steps: write(tmp_path, steps=steps))
-        time.sleep(draw.uniform(0, 1.2 * duration))
-        os.kill(child, signal.SIGKILL)
+        if steps % 2:
+            child = in_child(lambda steps=steps: killed_at(1 + steps % 3, steps))
+        else:
+            child = in_child(lambda steps=steps: write(tmp_path, steps=steps))
+            time.sleep(draw.uniform(0, 1.2 * duration))
+            os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         sketch = Sketch.load(tmp_path)
         sketch.verify()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,6 +17,7 @@ from lightning_sketch.callbacks._examples import AroundTrainingStep
 from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design, units_checksum
 from lightning_sketch.errors import ConfigurationError, InstabilityError
 from lightning_sketch.jets.memory import give_back_freed_memory
+from lightning_sketch.shadow.carried import AttributeWatch
 from lightning_sketch.shadow.checks import Readings, check_update
 from lightning_sketch.shadow.jets_of_run import RunJets
 from lightning_sketch.shadow.planning import (
@@ -126,6 +127,7 @@ class SketchCallback(AroundTrainingStep):
         self._pending: StepRecord | None = None
         self._snapshot: OptimizerSnapshot | None = None
         self._tracked = TrackedTensors()
+        self._attributes = AttributeWatch()
         self._readings = Readings()
         self._counts: Counts = {}
         self._state_tensors = 0
@@ -279,11 +281,17 @@ class SketchCallback(AroundTrainingStep):
         self, trainer: pl.Trainer, module: pl.LightningModule, step: Callable[..., Any], args: tuple[Any, ...]
     ) -> Any:
         """Run the user's ``training_step``, remembering what it starts from."""
+        if self._steps:
+            self._tracked.refuse_new(_tensors(module), self._steps)
         self._tracked.check(_tensors(module), self._steps, self._readings)
         others = self._outside_optimizer(trainer, module)
         self._tracked.note(others)
         units = self._units.of_batch(args[0]).to(module.device, non_blocking=True)
+        foreign = self._attributes.changed(module)
         outputs, self._pending = record_step(module, step, args, units, others, trainer.accumulate_grad_batches)
+        if self._pending is not None:  # what a step without a loss leaves there has no coefficients
+            self._pending.foreign = foreign
+            self._attributes.note(module)
         return outputs
 
     def _outside_optimizer(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
@@ -330,6 +338,7 @@ class SketchCallback(AroundTrainingStep):
             )
         self._snapshot = None
         if self._records:
+            self._tracked.check(_state(optimizer, self._names), self._steps, self._readings)
             self._snapshot = OptimizerSnapshot.capture(optimizer, self._names, pl_module, self._counts)
 
     def _enter_step(self) -> None:
@@ -370,7 +379,7 @@ class SketchCallback(AroundTrainingStep):
                 raise
             self._give_up(module, error)
             return
-        self._tracked.note(dict(module.named_parameters()))
+        self._tracked.note({**dict(module.named_parameters()), **_state(snapshot.optimizer, self._names)})
         self._steps += 1
         if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
             self._write(module, snapshot.optimizer)
@@ -440,6 +449,16 @@ class SketchCallback(AroundTrainingStep):
 
 def _tensors(module: pl.LightningModule) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """What an optimizer keeps in the shape of its parameters."""
+    return {
+        f"state[{names[p]}][{key!r}]": value
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if p in names and isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point()
+    }
 
 
 def _check_count(name: str, value: Any) -> None:

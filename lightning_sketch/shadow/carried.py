@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ class _Carried(torch.Tensor):
     ) -> Any:
         name = next((a.location for a in flatten((args, kwargs)) if isinstance(a, _Carried)), "?")
         raise ConfigurationError(
-            f"`{name}`: `training_step` reads a tensor that an earlier step left there and that depends on the weights "
-            "of the examples, but only parameters and buffers are tracked: register it with `register_buffer`."
+            f"`{name}`: `training_step` reads a tensor that an earlier step or a hook left there and that may depend "
+            "on the weights of the examples, but only parameters and buffers are tracked: register it with "
+            "`register_buffer` and set it in `training_step`, or keep what does not depend on the data as a Python "
+            "number."
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -51,6 +54,35 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, A
         for key, value in m.__dict__.items():
             if key not in STRUCTURE and isinstance(value, (Tensor, *_HOLDERS)):
                 yield (f"{path}.{key}" if path else key), m.__dict__, key, value
+
+
+class AttributeWatch:
+    """Tells which attributes hold floating-point tensors that others than ``training_step`` left there."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, list[tuple[Callable[[], Any], int]]] | None = None
+
+    def note(self, module: nn.Module) -> None:
+        """Called after every ``training_step``."""
+        self._left = {name: [(weakref.ref(t), t._version) for t in tensors] for name, tensors in _held(module)}
+
+    def changed(self, module: nn.Module) -> frozenset[str]:
+        """Called before every ``training_step``; what was there before the first is constant."""
+        if self._left is None:
+            return frozenset()
+        return frozenset(
+            name
+            for name, tensors in _held(module)
+            if any(all(t is not r() or t._version != v for r, v in self._left.get(name, [])) for t in tensors)
+        )
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    for name, _, _, value in _attributes(module):
+        tensors = [v for v in flatten(value) if isinstance(v, Tensor) and not v.is_inference()]
+        tensors = [t for t in tensors if t.dtype.is_floating_point]
+        if tensors:
+            yield name, tensors
 
 
 def varying_attributes(module: nn.Module) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,7 @@ class RunJets:
         Returns:
             The parameters after the step.
         """
+        self._hand_over(snapshot.params.keys())
         params = {
             name: wrap(value.clone(), [self.params.get(name)], self.lead, requires_grad=name in snapshot.trainable)
             for name, value in snapshot.params.items()
@@ -132,6 +133,13 @@ class RunJets:
         self.params.update({name: p.block for name, p in params.items()})
         self._watch(step, readings)
         return params
+
+    def _hand_over(self, held: Set[str]) -> None:
+        """Follow parameters that enter the optimizer (a layer that is unfrozen) or leave it."""
+        for name in held & self.buffers.keys():
+            self.params[name] = self.buffers.pop(name)
+        for name in self.params.keys() - held:
+            self.buffers[name] = self.params.pop(name)
 
     def _as_in_run(self, gradient: JetTensor | None, of_run: Tensor | None) -> JetTensor | None:
         """The gradient with order 0 as in the run, to the last bit, in memory of its own: clipping works in place."""
@@ -153,6 +161,8 @@ class RunJets:
     ) -> None:
         tensors: dict[str, Tensor] = dict(params)
         for name, value in record.copied_buffers().items():
+            if name in params:  # it entered the optimizer after this micro-batch
+                continue
             floating = value.dtype.is_floating_point
             tensors[name] = wrap(value, [self.buffers.get(name)], self.lead) if floating else value
         weights = self.weights(record.units)
@@ -165,7 +175,14 @@ class RunJets:
             return torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
 
         found, self._carried = replay(
-            module, record, training_step, weighting, weights, tensors, differentiate, self._carried
+            module,
+            record,
+            training_step,
+            weighting,
+            weights,
+            tensors,
+            differentiate,
+            self._carried | record.foreign,
         )
         for name, buffer in tensors.items():
             if name not in params:

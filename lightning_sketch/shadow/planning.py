@@ -56,7 +56,7 @@ class StepSize:
 
     def copies(self) -> int:
         """Plain values: of the run, to compare with and to start from, and those that a pass computes itself."""
-        return (5 + 2 * self.state_tensors) * self.trained + self.peak
+        return (5 + 3 * self.state_tensors) * self.trained + self.peak
 
     def one_pass(self, directions: int, parts: int, degree: int) -> int:
         """What one pass needs besides: activations and gradients, or in the update gradients and copies of them."""

@@ -38,6 +38,7 @@ class StepRecord:
         buffers: buffers, and parameters that the optimizer does not hold, at entry, by name; copied.
         accumulate: over how many micro-batches the gradient is averaged.
         loss: the user's loss, float64, before division by ``accumulate``.
+        foreign: attributes that hold tensors which others than ``training_step`` left there since the step before.
     """
 
     args: tuple[Any, ...]
@@ -47,6 +48,7 @@ class StepRecord:
     buffers: dict[str, Tensor]
     accumulate: int
     loss: Tensor
+    foreign: frozenset[str] = frozenset()
 
     def ones_like(self, params: Mapping[str, Tensor]) -> Tensor:
         """Weights of one for every example, in the dtype and on the device of the parameters."""
@@ -126,6 +128,20 @@ class TrackedTensors:
     def note(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy what a tracked operation has just left."""
         self.values.update({name: t.detach().clone() for name, t in tensors.items()})
+
+    def refuse_new(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Require that no tensor has been registered outside ``training_step`` since the first optimizer step.
+
+        Raises:
+            FidelityError: naming one.
+        """
+        new = next((name for name in tensors if name not in self.values), None)
+        if new is not None:
+            raise FidelityError(
+                f"`{new}` was registered before optimizer step {step} outside `training_step`, so its Taylor "
+                "coefficients are not known: register it in `__init__`, and change it inside a `training_step` with a "
+                "loss."
+            )
 
     def check(self, tensors: Mapping[str, Tensor], step: int, readings: Readings) -> None:
         """Require the tensors to be as they were left.

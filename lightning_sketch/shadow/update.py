@@ -203,7 +203,8 @@ def step(
             clip(twin)
         _plain_step(twin)
     _refuse_hidden_state(twin)
-    after: StateBlocks = {}
+    # a parameter that has left the optimizer may come back to its state
+    after: StateBlocks = {place: block for place, block in blocks.items() if place[0] not in params}
     for name, jet in params.items():
         for key, value in twin.state.get(jet, {}).items():
             if type(value) is JetTensor:

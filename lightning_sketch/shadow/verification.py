@@ -167,29 +167,39 @@ def _verify_attribution(step: _Step, shares: _Shares) -> None:
 
 
 def _verify_locality(step: _Step, before: Tensor) -> None:
-    """Change example 0 in the batch: only the derivative by its own weight may change."""
+    """Change some examples of the batch: only the derivatives by their own weights may change."""
     # Batch statistics couple examples by design; what is checked is where the weights go.
     norms = tuple(m for m in step.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
     if norms:
         step = replace(step, in_evaluation=norms)
         before = step.shares(step.record.args[0]).of_example
-    after = step.shares(_changed(step.record.args[0], step.num_examples, slice(1))[0]).of_example
+    _verify_rows(step, before, [0])
+    # A step that permutes its batch, and leaves example 0 where it is, moves another out of one of these sets.
+    for bit in range((step.num_examples - 1).bit_length()):
+        _verify_rows(step, before, [i for i in range(step.num_examples) if i >> bit & 1])
+
+
+def _verify_rows(step: _Step, before: Tensor, rows: list[int]) -> None:
+    """Change these examples; the loss shares of the others must stay, or keep their proportions."""
+    after = step.shares(_changed(step.record.args[0], step.num_examples, rows)[0]).of_example
     tolerance = 10 * TOLERANCE.get(before.dtype, 1e-3) * float(before.abs().mean())
-    others = (after - before).abs()[1:]
+    stays = torch.ones(len(before), dtype=torch.bool, device=before.device)
+    stays[rows] = False
+    old, new = before[stays], after[stays]
+    others = (new - old).abs()
     if len(others) > 1 and not bool((others <= tolerance).all()):
-        # A mean over tokens or class weights divides by what example 0 has of them: the others keep their proportions.
-        factor = (after[1:] @ before[1:]) / (before[1:] @ before[1:])
-        others = (after[1:] - factor * before[1:]).abs()
+        # A mean over tokens or class weights divides by what the changed ones have of them: proportions are kept.
+        others = (new - (new @ old) / (old @ old) * old).abs()
     if not bool((others <= tolerance).all()):
-        example = int(others.argmax()) + 1
+        example = int(stays.nonzero()[others.argmax()])
         raise ConfigurationError(
-            f"`loss`: changing example 0 of the batch changes the loss share of example {example}, so weights do not "
-            "act on single examples (a time-first (T, B) loss, or a loss that compares examples of a batch?): "
-            f"{REMEDY}."
+            f"`loss`: changing example {rows[0]} of the batch changes the loss share of example {example}, so "
+            "weights do not act on single examples (a time-first (T, B) loss, or a loss that compares examples of a "
+            f"batch?): {REMEDY}."
         )
 
 
-def _changed(batch: Any, size: int, rows: slice) -> tuple[Any, bool]:
+def _changed(batch: Any, size: int, rows: slice | list[int]) -> tuple[Any, bool]:
     """The batch with some rows changed, and whether there were any.
 
     Numbers are scaled and shifted, rows of integers are reversed, single ones are those of the next example.

@@ -25,7 +25,7 @@ SCRIPT = """
 
     if {jets}:
         JetTensor(torch.zeros(1), torch.zeros(1, 1, 1, 1))
-    for _ in range(2):
+    for _ in range(6):  # until the heap has found its shape
         torch.ones(16 << 20)
     before = faults()
     for _ in range(4):
