@@ -21,6 +21,15 @@ warnings.filterwarnings("ignore", module="lightning")
 
 FEATURES, CLASSES = 5, 3
 
+# What every Trainer of the tests is given: nothing printed, nothing written.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
 
 def data(size: int = 12, seed: int = 0) -> TensorDataset:
     """Inputs ``(size, FEATURES)`` in float64 and classes ``(size,)``."""
@@ -64,26 +73,23 @@ def fit(
     val: Any = None,
     epochs: int = 2,
     seed: int = 1,
+    checkpoint: Path | None = None,
     **options: Any,
 ) -> tuple[pl.LightningModule, pl.Trainer]:
-    """Train in float64 from a seed; return module and Trainer."""
+    """Train in float64 from a seed, or resume a checkpoint; return module and Trainer."""
     pl.seed_everything(seed, verbose=False)
     module = make()
     given: dict[str, Any] = {
         "max_epochs": epochs,
         "precision": "64-true",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
+        **QUIET,
         **options,
     }
     trainer = pl.Trainer(callbacks=list(callbacks), **given)
     if isinstance(train, pl.LightningDataModule):
         trainer.fit(module, datamodule=train)
     else:
-        trainer.fit(module, loader() if train is None else train, val)
+        trainer.fit(module, loader() if train is None else train, val, ckpt_path=checkpoint)
     return module, trainer
 
 

@@ -77,6 +77,11 @@ class AroundTrainingStep(pl.Callback):
     ) -> None:
         self._original = wrap_training_step(module, around)
 
+    def _give_step_back(self, module: pl.LightningModule) -> None:
+        if self._original is not None:
+            unwrap_training_step(module, self._original)
+            self._original = None
+
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -88,9 +93,7 @@ class AroundTrainingStep(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called at the end: puts everything back."""
         self._units.ids.remove()
-        if self._original is not None:
-            unwrap_training_step(pl_module, self._original)
-            self._original = None
+        self._give_step_back(pl_module)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -38,7 +38,6 @@ from lightning_sketch.shadow.wrapping import (
     check_trainer,
     piecewise_linear,
     refuse_averaging,
-    unwrap_training_step,
 )
 from lightning_sketch.sketch import Shard, check_writable, module_types, write_sketch
 
@@ -211,10 +210,8 @@ class SketchCallback(AroundTrainingStep):
                     f"SketchCallback: `{name}` is {value}, but the checkpoint was saved with {theirs.get(name)}: give "
                     "the arguments that training began with, or train from the beginning, without `ckpt_path`."
                 )
-        dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
         for saved in state["blocks"]:
-            indices = np.array(saved["indices"], dtype=np.int64)
-            block = RunJets(indices, self._drawn.array[indices], self.degree, dtype, module.device)
+            block = self._make_block(np.array(saved["indices"], dtype=np.int64), module)
             block.load_state_dict(saved)
             self._blocks.append(block)
         self._steps, self._given_up, self._loaded = state["steps"], state["given_up"], None
@@ -223,7 +220,6 @@ class SketchCallback(AroundTrainingStep):
     def _make_blocks(self, step: StepSize, module: pl.LightningModule) -> Iterator[RunJets]:
         """Directions of one kind each, so that real ones cost half, as many as one pass carries."""
         assert self._drawn is not None
-        dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
         rows = {parts: np.flatnonzero(self._drawn.real == (parts == 1)) for parts in (1, 2)}
         measurements = sum(parts * len(r) for parts, r in rows.items())
         kept = step.state(measurements, self.degree)
@@ -237,8 +233,12 @@ class SketchCallback(AroundTrainingStep):
         check_memory(step, counts, sizes, self.degree, module.device, self._units.num_units)
         for parts, size in sizes.items():
             for start in range(0, len(rows[parts]), size):
-                indices = rows[parts][start : start + size]
-                yield RunJets(indices, self._drawn.array[indices], self.degree, dtype, module.device)
+                yield self._make_block(rows[parts][start : start + size], module)
+
+    def _make_block(self, indices: np.ndarray, module: pl.LightningModule) -> RunJets:
+        assert self._drawn is not None
+        dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
+        return RunJets(indices, self._drawn.array[indices], self.degree, dtype, module.device)
 
     def _announce(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
         assert self._drawn is not None
@@ -281,10 +281,11 @@ class SketchCallback(AroundTrainingStep):
         self, trainer: pl.Trainer, module: pl.LightningModule, step: Callable[..., Any], args: tuple[Any, ...]
     ) -> Any:
         """Run the user's ``training_step``, remembering what it starts from."""
+        tensors = _tensors(module)
         if self._steps:
-            self._tracked.refuse_new(_tensors(module), self._steps)
-        self._tracked.check(_tensors(module), self._steps, self._readings)
-        others = self._outside_optimizer(trainer, module)
+            self._tracked.refuse_new(tensors, self._steps)
+        self._tracked.check(tensors, self._steps, self._readings)
+        others = _outside(trainer.optimizers[0], tensors)
         self._tracked.note(others)
         units = self._units.of_batch(args[0]).to(module.device, non_blocking=True)
         foreign = self._attributes.changed(module)
@@ -293,10 +294,6 @@ class SketchCallback(AroundTrainingStep):
             self._pending.foreign = foreign
             self._attributes.note(module)
         return outputs
-
-    def _outside_optimizer(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
-        held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
-        return {name: t for name, t in _tensors(module).items() if id(t) not in held}
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -308,7 +305,7 @@ class SketchCallback(AroundTrainingStep):
         """Called after every micro-batch, while the parameters are those that it saw."""
         if self._pending is None:
             return
-        self._tracked.note(self._outside_optimizer(trainer, pl_module))
+        self._tracked.note(_outside(trainer.optimizers[0], _tensors(pl_module)))
         self._records.append(self._pending)
         if not self._blocks:  # the first batch
             self._verify(pl_module, self._pending)
@@ -336,7 +333,6 @@ class SketchCallback(AroundTrainingStep):
                 f"SketchCallback does not support {type(optimizer).__name__}, whose steps evaluate the loss more than "
                 "once: use StableAdamW or SGD."
             )
-        self._snapshot = None
         if self._records:
             self._tracked.check(_state(optimizer, self._names), self._steps, self._readings)
             self._snapshot = OptimizerSnapshot.capture(optimizer, self._names, pl_module, self._counts)
@@ -351,29 +347,13 @@ class SketchCallback(AroundTrainingStep):
             self._advance(trainer, module)
 
     def _advance(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Carry the coefficients through the step that has just been made."""
+        """Follow the step that has just been made."""
         snapshot, records = self._snapshot, self._records
         self._snapshot, self._records, self._counts = None, [], {}
         if snapshot is None:
             return
-        assert self._original is not None
-
-        def clip(twin: Optimizer) -> None:
-            value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-            module.configure_gradient_clipping(twin, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
-
-        readings, step = self._readings, self._steps
         try:
-            try:
-                for block in self._blocks:
-                    params = block.advance(
-                        module, self._original, self.weighting, records, snapshot, clip, step, readings
-                    )
-                    check_update(params, snapshot, self._names, step, readings)
-                    del params  # with its gradients, which the next pass need not keep
-                self._counts = ask_counts(snapshot.optimizer, self._names, readings)
-            finally:  # an exception may only follow from what a reading raises
-                readings.read()
+            self._carry(trainer, module, snapshot, records)
         except InstabilityError as error:
             if self.on_instability == "stop":
                 raise
@@ -384,11 +364,29 @@ class SketchCallback(AroundTrainingStep):
         if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
             self._write(module, snapshot.optimizer)
 
+    def _carry(
+        self, trainer: pl.Trainer, module: pl.LightningModule, snapshot: OptimizerSnapshot, records: list[StepRecord]
+    ) -> None:
+        """Carry the coefficients through one step, and read once what was asked on the way."""
+        assert self._original is not None
+
+        def clip(twin: Optimizer) -> None:
+            value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+            module.configure_gradient_clipping(twin, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
+
+        readings, step = self._readings, self._steps
+        try:
+            for block in self._blocks:
+                params = block.advance(module, self._original, self.weighting, records, snapshot, clip, step, readings)
+                check_update(params, snapshot, self._names, step, readings)
+                del params  # with its gradients, which the next pass need not keep
+            self._counts = ask_counts(snapshot.optimizer, self._names, readings)
+        finally:  # an exception may only follow from what a reading raises
+            readings.read()
+
     def _give_up(self, module: pl.LightningModule, error: InstabilityError) -> None:
         """Leave the run alone from here on; the optimizer's hooks stay, which do nothing without a snapshot."""
-        assert self._original is not None
-        unwrap_training_step(module, self._original)
-        self._original = None
+        self._give_step_back(module)
         steps = self._steps - self._steps % self.every_n_train_steps if self.every_n_train_steps else 0
         last = f"of step {steps} stays in `{self.dirpath}`" if steps else "is not written"
         self._blocks, self._tracked, self._given_up = [], TrackedTensors(), True
@@ -449,6 +447,11 @@ class SketchCallback(AroundTrainingStep):
 
 def _tensors(module: pl.LightningModule) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _outside(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: t for name, t in tensors.items() if id(t) not in held}
 
 
 def _state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

@@ -82,10 +82,12 @@ def jet_rule(*operators: OpOverload) -> Callable[[F], F]:
 
 def kinks_of(*operators: OpOverload) -> Callable[[F], F]:
     """Register a function that says where an operator has no Taylor series, for the warning."""
+    return _into(_KINKS, operators)
 
+
+def _into(table: dict[OpOverload, Any], operators: Sequence[OpOverload]) -> Callable[[F], F]:
     def register(function: F) -> F:
-        for op in operators:
-            _KINKS[op] = function
+        table.update(dict.fromkeys(operators, function))
         return function
 
     return register
@@ -241,13 +243,7 @@ def _with_primals(values: Any, results: Any) -> Any:
 
 def complex_rule(*operators: OpOverload) -> Callable[[F], F]:
     """Register what carries operators where an argument is complex; rules of real tensors never see complex ones."""
-
-    def register(rule: F) -> F:
-        for op in operators:
-            _COMPLEX[op] = rule
-        return rule
-
-    return register
+    return _into(_COMPLEX, operators)
 
 
 def holds_for_complex(*operators: OpOverload) -> None:

@@ -7,13 +7,10 @@ order 0 are real, and only products of two coefficients are complex.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-# out += sign * x * y for slices (K, *S) of three blocks, in whichever bilinear product
-Accumulate = Callable[[Tensor, Tensor, Tensor, int], object]
 
 
 def lift(block: Tensor, ndim: int) -> Tensor:
@@ -33,17 +30,13 @@ def stretch(block: Tensor, shape: Sequence[int]) -> Tensor:
     return block if block.shape[3:] == torch.Size(shape) else spread(block, shape)
 
 
-def _elementwise(out: Tensor, x: Tensor, y: Tensor, sign: int) -> None:
-    out.addcmul_(x, y, value=sign)
-
-
-def add_product(out: Tensor, x: Tensor, y: Tensor, accumulate: Accumulate = _elementwise, sign: int = 1) -> None:
-    """Add ``sign x y`` for blocks whose first dimension is ``P``: real, or complex in four real products."""
-    accumulate(out[0], x[0], y[0], sign)
+def add_product(out: Tensor, x: Tensor, y: Tensor, scale: int = 1) -> None:
+    """Add ``scale x y`` for blocks whose first dimension is ``P``: real, or complex in four real products."""
+    out[0].addcmul_(x[0], y[0], value=scale)
     if out.shape[0] == 2:
-        accumulate(out[0], x[1], y[1], -sign)
-        accumulate(out[1], x[0], y[1], sign)
-        accumulate(out[1], x[1], y[0], sign)
+        out[0].addcmul_(x[1], y[1], value=-scale)
+        out[1].addcmul_(x[0], y[1], value=scale)
+        out[1].addcmul_(x[1], y[0], value=scale)
 
 
 def add_cauchy(out: Tensor, a: Tensor, b: Tensor, scale: int = 1) -> None:
@@ -54,7 +47,7 @@ def add_cauchy(out: Tensor, a: Tensor, b: Tensor, scale: int = 1) -> None:
     orders = out.shape[0]
     for i in range(1, min(orders, a.shape[0] + 1)):
         count = min(orders - i, b.shape[0])
-        add_product(out[i : i + count].transpose(0, 1), a[i - 1], b[:count].transpose(0, 1), sign=scale)
+        add_product(out[i : i + count].transpose(0, 1), a[i - 1], b[:count].transpose(0, 1), scale)
 
 
 def real_products(a: Tensor, b: Tensor, expensive: bool) -> list[tuple[Tensor, Tensor, dict[int, int]]]:
@@ -81,13 +74,13 @@ def add_square(out: Tensor, a: Tensor) -> None:
     if orders == 1:
         return
     even, x = out[1::2], a[: orders // 2]  # the square of one coefficient: its imaginary part is one product, not two
-    _elementwise(even[:, 0], x[:, 0], x[:, 0], 1)
+    even[:, 0].addcmul_(x[:, 0], x[:, 0])
     if parts == 2:
-        _elementwise(even[:, 0], x[:, 1], x[:, 1], -1)
-        _elementwise(even[:, 1], x[:, 0], x[:, 1], 2)
+        even[:, 0].addcmul_(x[:, 1], x[:, 1], value=-1)
+        even[:, 1].addcmul_(x[:, 0], x[:, 1], value=2)
     for i in range(2, orders):
         count = min(i - 1, orders - i)
-        add_product(out[i : i + count].transpose(0, 1), a[i - 1], a[:count].transpose(0, 1), sign=2)
+        add_product(out[i : i + count].transpose(0, 1), a[i - 1], a[:count].transpose(0, 1), 2)
 
 
 def compose(h: Tensor, taylor: Sequence[Tensor | float | None]) -> Tensor:
@@ -121,5 +114,5 @@ def divide(a: Tensor | None, y0: Tensor, b0: Tensor | None, b: Tensor, shape: Se
         if b0 is not None:
             out[r - 1].div_(b0)
         if r < orders:
-            add_product(out[r:].transpose(0, 1), out[r - 1], b[: orders - r].transpose(0, 1), sign=-1)
+            add_product(out[r:].transpose(0, 1), out[r - 1], b[: orders - r].transpose(0, 1), -1)
     return out

@@ -70,9 +70,7 @@ class RunJets:
         def placed(blocks: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
             return {name: None if block is None else block.to(self.psi.device) for name, block in blocks.items()}
 
-        exponents = np.array(state["exponents"], dtype=np.int64)
-        self.psi = scale_orders(self.psi[None], exponents - self.exponents)[0]
-        self.exponents = exponents
+        self._shift(np.array(state["exponents"], dtype=np.int64) - self.exponents)
         self.params, self.buffers = placed(state["params"]), placed(state["buffers"])
         tensors = {name: placed(of_param) for name, of_param in state["optimizer"].items()}
         self.state = {(name, key): b for name, of_param in tensors.items() for key, b in of_param.items()}
@@ -211,12 +209,16 @@ class RunJets:
         shift = wanted.clip(-MAX_EXPONENT, MAX_EXPONENT) - self.exponents
         if not shift.any():
             return
-        self.exponents = self.exponents + shift
-        self.psi = scale_orders(self.psi[None], shift)[0]
+        self._shift(shift)
         tracked: tuple[dict[Any, Tensor | None], ...] = (self.params, self.buffers, self.state)
         for blocks in tracked:
             for name, block in blocks.items():
                 blocks[name] = None if block is None else scale_orders(block, shift)
+
+    def _shift(self, shift: np.ndarray) -> None:
+        """Change the exponents, and the directions with them."""
+        self.exponents = self.exponents + shift
+        self.psi = scale_orders(self.psi[None], shift)[0]
 
     def growth(self) -> float:
         """Norm of the parameters' coefficients of the last order over that of the first, the median over directions."""

@@ -115,10 +115,9 @@ def measure_step(
         params: the parameters that the step saw, by name.
         state_tensors: how many tensors of a parameter's size the optimizer keeps.
     """
-    own = {name: p.detach().requires_grad_(p.requires_grad) for name, p in params.items()}
-    trained = [p for p in own.values() if p.requires_grad]
+    tensors = record.fresh_tensors(params)
+    trained = [t for name in params if (t := tensors[name]).requires_grad]
     weights = record.ones_like(params)
-    tensors = {**own, **record.copied_buffers()}
 
     def differentiate(loss: Tensor) -> None:
         torch.autograd.grad(loss, trained, allow_unused=True)

@@ -55,6 +55,11 @@ class StepRecord:
         first = next(iter(params.values()))
         return torch.ones(len(self.units), dtype=first.dtype, device=first.device)
 
+    def fresh_tensors(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a re-run on plain tensors starts from: leaves of its own for the parameters, and copied buffers."""
+        leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in params.items()}
+        return {**leaves, **self.copied_buffers()}
+
     def copied_buffers(self) -> dict[str, Tensor]:
         """The buffers at entry, to be changed by a re-run."""
         return {name: b.clone() for name, b in self.buffers.items()}

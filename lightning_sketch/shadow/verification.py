@@ -117,8 +117,7 @@ class _Step:
             return outputs
 
         record = replace(self.record, args=(batch, *self.record.args[1:]))
-        tensors = {name: p.detach().requires_grad_(p.requires_grad) for name, p in self.params.items()}
-        tensors.update(record.copied_buffers())
+        tensors = record.fresh_tensors(self.params)
 
         def differentiate(loss: Tensor) -> _Shares:
             gradient = torch.autograd.grad(loss, weights, allow_unused=True)[0] if loss.requires_grad else None

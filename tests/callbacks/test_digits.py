@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import QUIET
 from oracles import digits
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
@@ -56,12 +57,8 @@ class Study:
         trainer = pl.Trainer(
             max_epochs=EPOCHS,
             precision="64-true",
-            accelerator="cpu",
             callbacks=[SketchCallback(dirpath, degree=DEGREE, design="basis+common", units=self.units)],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )
         trainer.fit(model, DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True))
         self.batches = [torch.as_tensor(rows) for rows in model.rows]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -111,11 +112,7 @@ def train(name: str, shape: tuple[int, ...], options: dict, callbacks: list[pl.C
         max_epochs=2,
         callbacks=callbacks,
         precision="64-true",
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         **options,
     )
     trainer.fit(model, loader)
@@ -189,11 +186,7 @@ def train_mixed(precision: str, *callbacks: pl.Callback) -> torch.Tensor:
         max_epochs=4,
         callbacks=list(callbacks),
         precision=precision,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     model = Mixed()
     trainer.fit(model, loader)

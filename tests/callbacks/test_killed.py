@@ -7,10 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import FEATURES, Classifier, loader
+from helpers import FEATURES, Classifier, fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -30,20 +29,12 @@ class Small(Classifier):
 
 def train(dirpath: Path) -> None:
     """Train, from the last checkpoint if there is one."""
-    pl.seed_everything(0, verbose=False)
     units = [i % 4 for i in range(12)]
     sketching = SketchCallback(dirpath / "sketch", 3, 2, units=units, every_n_train_steps=2)
-    trainer = pl.Trainer(
-        max_epochs=40,
-        precision="64-true",
-        accelerator="cpu",
-        callbacks=[sketching, ModelCheckpoint(dirpath, save_last=True, save_top_k=0, every_n_epochs=1)],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    saving = ModelCheckpoint(dirpath, save_last=True, save_top_k=0, every_n_epochs=1)
     last = dirpath / "last.ckpt"
-    trainer.fit(Small(), loader(), ckpt_path=last if last.exists() else None)
+    checkpoint = last if last.exists() else None
+    fit(Small, [sketching, saving], epochs=40, checkpoint=checkpoint, enable_checkpointing=True)
 
 
 def in_a_process(dirpath: Path, seconds: float) -> bool:

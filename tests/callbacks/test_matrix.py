@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FEATURES, Classifier, assert_first_order, data, fit, loader, sketch
+from helpers import FEATURES, QUIET, Classifier, assert_first_order, data, fit, loader, sketch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
@@ -531,11 +531,7 @@ def test_finders(name, first, tmp_path):
             callbacks=[*found, *callbacks] if first else [*callbacks, *found],
             max_epochs=4 if "r_find" in name or "Rate" in name else 2,  # a finder needs 20 losses
             precision="64-true",
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )
         if before:
             before(trainer, module)
@@ -556,11 +552,7 @@ def quick(*callbacks: Any) -> pl.Trainer:
     return pl.Trainer(
         callbacks=list(callbacks),
         max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
 
 

@@ -5,6 +5,7 @@ import sys
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+from helpers import QUIET
 from oracles import contour, microgpt_numpy
 from oracles.names import PROJECT_ROOT, names_path
 from torch.utils.data import DataLoader
@@ -35,12 +36,8 @@ def test_coefficients_to_degree_3_equal_complex_training(count, radius, early_ra
     trainer = pl.Trainer(
         max_epochs=1,
         precision="64-true",
-        accelerator="cpu",
         callbacks=[SketchCallback(tmp_path, directions, DEGREE)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(model, DataLoader(NamesDataset(names), batch_size=1, collate_fn=collate_names))
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from helpers import FEATURES, Classifier, fit, loader
+from helpers import FEATURES, Classifier, fit
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -35,20 +35,7 @@ def callback(dirpath: Path, **changed: Any) -> SketchCallback:
 
 
 def resume(checkpoint: Path, *callbacks: pl.Callback, epochs: int = EPOCHS) -> pl.LightningModule:
-    pl.seed_everything(9, verbose=False)
-    module = Normalised()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        precision="64-true",
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, loader(), ckpt_path=checkpoint)
-    return module
+    return fit(Normalised, callbacks, epochs=epochs, seed=9, checkpoint=checkpoint)[0]
 
 
 @pytest.fixture(scope="module")

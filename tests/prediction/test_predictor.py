@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -41,12 +42,8 @@ def train(*callbacks: pl.Callback, dtype: str = "64-true") -> Net:
     trainer = pl.Trainer(
         max_epochs=2,
         precision=dtype,
-        accelerator="cpu",
         callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     model = Net()
     trainer.fit(model, DataLoader(TensorDataset(inputs, targets), batch_size=8, shuffle=True))
@@ -196,12 +193,8 @@ def test_a_loss_given_to_the_sketch_must_be_given_as_output(tmp_path):
     data = TensorDataset(torch.randn(16, 4), torch.randint(0, 3, (16,)))
     trainer = pl.Trainer(
         max_epochs=1,
-        accelerator="cpu",
         callbacks=[SketchCallback(tmp_path, 2, 1, loss=losses)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     model = Plain()
     trainer.fit(model, DataLoader(data, batch_size=8))

@@ -35,12 +35,12 @@ class Geometry:
     output_padding: Sequence[int]
     groups: int
 
-    def forward(self, x: Tensor, weight: Tensor, copies: int = 1) -> Tensor:
+    def forward(self, x: Tensor, weight: Tensor, copies: int = 1, bias: Tensor | None = None) -> Tensor:
         """Convolve, with ``copies`` independent convolutions side by side in the channels."""
         return aten.convolution(
             x,
             weight,
-            None,
+            bias,
             self.stride,
             self.padding,
             self.dilation,
@@ -106,9 +106,7 @@ def convolution(
     """``y = x * w + b``."""
     g = Geometry(stride, padding, dilation, transposed, output_padding, groups)
     lead = lead_of((x, weight, bias))
-    primal = aten.convolution(
-        primal_of(x), primal_of(weight), primal_of(bias), stride, padding, dilation, transposed, output_padding, groups
-    )
+    primal = g.forward(primal_of(x), primal_of(weight), bias=primal_of(bias))
 
     def fold_x(xc: Tensor, w0: Tensor) -> Tensor:
         return g.forward(xc.flatten(0, 1), w0).unflatten(0, xc.shape[:2])

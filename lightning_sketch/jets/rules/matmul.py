@@ -14,7 +14,6 @@ from lightning_sketch.jets.tensor import JetTensor, block_of, jet, primal_of
 
 aten = torch.ops.aten
 
-
 # Where no dimension is smaller, a matrix product costs more than sums of its factors.
 _LARGE = 64
 # Up to this degree every pair of orders is a product of its own; above, the pairs of one order are one long product.
@@ -44,11 +43,12 @@ def _add_products_of_coefficients(out: Tensor, ac: Tensor, bc: Tensor) -> None:
     for a, b, signs in real_products(ac[:-1], bc[:-1], large):
         for r, pairs in enumerate(_pairs(a.flatten(1, -3), b.flatten(1, -3)), 1):
             into = out[r].flatten(1, -3)
-            if len(signs) == 2:
+            if len(signs) > 1:  # both parts receive the same
                 into += _sum_of_products(pairs)
-            for part, sign in signs.items() if len(signs) == 1 else ():
-                for x, y in pairs:
-                    into[part].baddbmm_(x, y, alpha=sign)
+                continue
+            ((part, sign),) = signs.items()
+            for x, y in pairs:
+                into[part].baddbmm_(x, y, alpha=sign)
 
 
 def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
