@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,7 +30,8 @@ from lightning_sketch.shadow.planning import (
     state_bytes,
     trained_bytes,
 )
-from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step
+from lightning_sketch.shadow.ranks import BufferSync, Ranks
+from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step, share_records
 from lightning_sketch.shadow.update import Counts, OptimizerSnapshot, ask_counts, count_state_tensors
 from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting, Normalization, PerExampleLoss
@@ -116,11 +119,15 @@ class SketchCallback(AroundTrainingStep):
         self.on_instability = on_instability
         self.weighting = LossWeighting(loss, normalization)
         self._hooks: list[Any] = []
+        self._sync = BufferSync(None)
         self._forget()
 
     def _forget(self) -> None:
+        self._ranks = Ranks()
         self._drawn: Directions | None = None
-        self._blocks: list[RunJets] = []
+        self._blocks: list[RunJets] = []  # of this process
+        self._verified = False
+        self._first: dict[str, tuple[Any, int]] = {}  # tensors with which all processes began, and their versions
         self._names: dict[Tensor, str] = {}
         self._records: list[StepRecord] = []
         self._pending: StepRecord | None = None
@@ -141,8 +148,18 @@ class SketchCallback(AroundTrainingStep):
         if stage == "fit":
             check_trainer(trainer, pl_module, "SketchCallback")
             refuse_averaging(trainer, "SketchCallback")
-            check_writable(self.dirpath)
+            self._ranks = Ranks(trainer.world_size, trainer.global_rank, trainer.strategy.root_device)
+            self._together(lambda: check_writable(self.dirpath) if self._ranks.is_first else None)
             self._units.ids.install(trainer)
+
+    def _together(self, action: Callable[[], Any]) -> None:
+        """Do something that may fail on one process only, and then raise on all."""
+        error = None
+        try:
+            action()
+        except Exception as e:
+            error = e
+        self._ranks.agree(error)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -159,6 +176,8 @@ class SketchCallback(AroundTrainingStep):
             optimizer.register_step_pre_hook(lambda *_: self._enter_step()),
             optimizer.register_step_post_hook(lambda *_: self._leave_step(trainer, pl_module)),
         ]
+        self._sync = BufferSync(trainer.strategy.model)
+        self._first = {name: (weakref.ref(t), t._version) for name, t in _tensors(pl_module).items()}
         if self._loaded is not None:
             self._resume(pl_module, self._loaded)
         if not self._given_up:
@@ -166,15 +185,18 @@ class SketchCallback(AroundTrainingStep):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Called where a checkpoint is saved: the coefficients so far, as tensors and primitives."""
-        if not self._blocks and not self._given_up:
+        """Called where a checkpoint is saved, on all processes: the coefficients so far, as tensors and primitives.
+
+        Those of all processes are in that of the first, which Lightning writes.
+        """
+        if not self._verified and not self._given_up:
             return {}
         return {
             "version": 1,
             "run": self._run(),
             "steps": self._steps,
             "given_up": self._given_up,
-            "blocks": [block.state_dict() for block in self._blocks],
+            "blocks": list(self._ranks.collect(block.state_dict() for block in self._blocks)),
         }
 
     @override
@@ -210,17 +232,21 @@ class SketchCallback(AroundTrainingStep):
                     f"SketchCallback: `{name}` is {value}, but the checkpoint was saved with {theirs.get(name)}: give "
                     "the arguments that training began with, or train from the beginning, without `ckpt_path`."
                 )
-        for saved in state["blocks"]:
+        for saved in state["blocks"][self._ranks.rank :: self._ranks.size]:
             block = self._make_block(np.array(saved["indices"], dtype=np.int64), module)
             block.load_state_dict(saved)
             self._blocks.append(block)
         self._steps, self._given_up, self._loaded = state["steps"], state["given_up"], None
+        self._verified = bool(state["blocks"])
         self._tracked.note(_tensors(module))
 
     def _make_blocks(self, step: StepSize, module: pl.LightningModule) -> Iterator[RunJets]:
-        """Directions of one kind each, so that real ones cost half, as many as one pass carries."""
+        """This process's share of the directions; of one kind each, so that real ones cost half."""
         assert self._drawn is not None
-        rows = {parts: np.flatnonzero(self._drawn.real == (parts == 1)) for parts in (1, 2)}
+        ranks = self._ranks
+        real = self._drawn.real
+        mine = np.argsort(real, kind="stable")[ranks.rank :: ranks.size]  # complex ones first, which cost most
+        rows = {parts: mine[real[mine] == (parts == 1)] for parts in (1, 2)}
         measurements = sum(parts * len(r) for parts, r in rows.items())
         kept = step.state(measurements, self.degree)
         sizes = {
@@ -238,7 +264,7 @@ class SketchCallback(AroundTrainingStep):
     def _make_block(self, indices: np.ndarray, module: pl.LightningModule) -> RunJets:
         assert self._drawn is not None
         dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
-        return RunJets(indices, self._drawn.array[indices], self.degree, dtype, module.device)
+        return RunJets(indices, self._drawn.array[indices], self.degree, dtype, module.device, self._ranks.size)
 
     def _announce(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
         assert self._drawn is not None
@@ -284,14 +310,19 @@ class SketchCallback(AroundTrainingStep):
         tensors = _tensors(module)
         if self._steps:
             self._tracked.refuse_new(tensors, self._steps)
+        synchronized = self._sync.happened()
+        if synchronized and not self._ranks.is_first:
+            self._tracked.note(dict(module.named_buffers()))  # which the first process has checked
         self._tracked.check(tensors, self._steps, self._readings)
         others = _outside(trainer.optimizers[0], tensors)
         self._tracked.note(others)
         units = self._units.of_batch(args[0]).to(module.device, non_blocking=True)
         foreign = self._attributes.changed(module)
-        outputs, self._pending = record_step(module, step, args, units, others, trainer.accumulate_grad_batches)
+        micro_batches = trainer.accumulate_grad_batches * self._ranks.size
+        outputs, self._pending = record_step(module, step, args, units, others, micro_batches)
         if self._pending is not None:  # what a step without a loss leaves there has no coefficients
             self._pending.foreign = foreign
+            self._pending.synchronized = synchronized
             self._attributes.note(module)
         return outputs
 
@@ -307,8 +338,10 @@ class SketchCallback(AroundTrainingStep):
             return
         self._tracked.note(_outside(trainer.optimizers[0], _tensors(pl_module)))
         self._records.append(self._pending)
-        if not self._blocks:  # the first batch
-            self._verify(pl_module, self._pending)
+        if not self._verified:  # the first batch
+            record = self._pending
+            self._together(lambda: self._verify(pl_module, record))
+            self._verified = True
         self._pending = None
 
     def _verify(self, module: pl.LightningModule, record: StepRecord) -> None:
@@ -353,7 +386,8 @@ class SketchCallback(AroundTrainingStep):
         if snapshot is None:
             return
         try:
-            self._carry(trainer, module, snapshot, records)
+            records = share_records(records, self._changed(module), self._ranks)
+            self._together(lambda: self._carry(trainer, module, snapshot, records))
         except InstabilityError as error:
             if self.on_instability == "stop":
                 raise
@@ -363,6 +397,11 @@ class SketchCallback(AroundTrainingStep):
         self._steps += 1
         if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
             self._write(module, snapshot.optimizer)
+
+    def _changed(self, module: pl.LightningModule) -> set[str]:
+        """Names of the tensors that are not as all processes began with them."""
+        tensors, first = _tensors(module), self._first
+        return {n for n, t in tensors.items() if n not in first or first[n][0]() is not t or first[n][1] != t._version}
 
     def _carry(
         self, trainer: pl.Trainer, module: pl.LightningModule, snapshot: OptimizerSnapshot, records: list[StepRecord]
@@ -400,9 +439,9 @@ class SketchCallback(AroundTrainingStep):
         if not self._steps or trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_warn(f"SketchCallback: no sketch was written to `{self.dirpath}`, since this was no training.")
             return
-        self._readings.read()
+        self._together(self._readings.read)
         self._write(pl_module, trainer.optimizers[0])
-        growth = max(block.growth() for block in self._blocks)
+        growth = max(self._ranks.share(max((block.growth() for block in self._blocks), default=0.0)))
         if growth > 1:
             rank_zero_warn(
                 f"SketchCallback: the Taylor terms of the parameters grow with the order (the last is {growth:.2g} "
@@ -412,27 +451,36 @@ class SketchCallback(AroundTrainingStep):
             )
 
     def _write(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
-        assert self._drawn is not None
+        drawn = self._drawn
+        assert drawn is not None
         # as the last step left them: another callback may average parameters at the end
         last = self._tracked.values
         primal = {name: last[name].cpu().contiguous() for name in _tensors(module) if name in last}
-        shards = (
+        shards = self._ranks.collect(
             Shard(block.indices, {name: c.cpu() for name, c in block.coefficients(primal).items()}, block.exponents)
             for block in self._blocks
         )
-        write_sketch(
-            self.dirpath,
-            primal=primal,
-            shards=shards,
-            directions=self._drawn,
-            unit_of_example=self._units.of_example,
-            degree=self.degree,
-            normalization=self.weighting.normalization,
-            steps=self._steps,
-            optimizer=type(optimizer).__qualname__,
-            loss=self.weighting.name,
-            modules=module_types(module),
-        )
+
+        def write() -> None:
+            try:
+                if self._ranks.is_first:
+                    write_sketch(
+                        self.dirpath,
+                        primal=primal,
+                        shards=shards,
+                        directions=drawn,
+                        unit_of_example=self._units.of_example,
+                        degree=self.degree,
+                        normalization=self.weighting.normalization,
+                        steps=self._steps,
+                        optimizer=type(optimizer).__qualname__,
+                        loss=self.weighting.name,
+                        modules=module_types(module),
+                    )
+            finally:  # what the other processes carry must leave them, also where it cannot be written
+                deque(shards, maxlen=0)
+
+        self._together(write)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -441,6 +489,7 @@ class SketchCallback(AroundTrainingStep):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._sync.remove()
         self._forget()
         give_back_freed_memory()
 

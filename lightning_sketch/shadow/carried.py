@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.jets.tensor import JetTensor
-from lightning_sketch.shadow.quiet import STRUCTURE
+from lightning_sketch.shadow.quiet import IMMUTABLE, STRUCTURE, by_name, modules_of
 
 _HOLDERS = (list, tuple, dict, deque)
+_TENSOR_OR_HOLDER = (Tensor, *_HOLDERS)
 
 
 class _Carried(torch.Tensor):
@@ -49,11 +50,11 @@ def flatten(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
-    for path, m in module.named_modules():
+def _attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    for m in modules_of(module):
         for key, value in m.__dict__.items():
-            if key not in STRUCTURE and isinstance(value, (Tensor, *_HOLDERS)):
-                yield (f"{path}.{key}" if path else key), m.__dict__, key, value
+            if key not in STRUCTURE and type(value) not in IMMUTABLE and isinstance(value, _TENSOR_OR_HOLDER):
+                yield m, key, value
 
 
 class AttributeWatch:
@@ -64,7 +65,7 @@ class AttributeWatch:
 
     def note(self, module: nn.Module) -> None:
         """Called after every ``training_step``."""
-        self._left = {name: [(weakref.ref(t), t._version) for t in tensors] for name, tensors in _held(module)}
+        self._left = {name: [(weakref.ref(t), t._version) for t in tensors] for name, tensors in _held(module).items()}
 
     def changed(self, module: nn.Module) -> frozenset[str]:
         """Called before every ``training_step``; what was there before the first is constant."""
@@ -72,17 +73,19 @@ class AttributeWatch:
             return frozenset()
         return frozenset(
             name
-            for name, tensors in _held(module)
+            for name, tensors in _held(module).items()
             if any(all(t is not r() or t._version != v for r, v in self._left.get(name, [])) for t in tensors)
         )
 
 
-def _held(module: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
-    for name, _, _, value in _attributes(module):
+def _held(module: nn.Module) -> dict[str, list[Tensor]]:
+    found = []
+    for m, key, value in _attributes(module):
         tensors = [v for v in flatten(value) if isinstance(v, Tensor) and not v.is_inference()]
         tensors = [t for t in tensors if t.dtype.is_floating_point]
         if tensors:
-            yield name, tensors
+            found.append((m, key, tensors))
+    return by_name(module, found)
 
 
 def varying_attributes(module: nn.Module) -> frozenset[str]:
@@ -90,11 +93,12 @@ def varying_attributes(module: nn.Module) -> frozenset[str]:
 
     Call it after a step, under ``quiet``: what it left there would be read by the next one without coefficients.
     """
-    return frozenset(
-        name
-        for name, _, _, value in _attributes(module)
+    varying = (
+        (m, key, value)
+        for m, key, value in _attributes(module)
         if any((type(v) is JetTensor and v.block is not None) or type(v) is _Carried for v in flatten(value))
     )
+    return frozenset(by_name(module, varying))
 
 
 def forbid_reading(module: nn.Module, names: frozenset[str]) -> None:
@@ -102,9 +106,10 @@ def forbid_reading(module: nn.Module, names: frozenset[str]) -> None:
     if not names:
         return
     stand_ins: dict[Any, _Carried] = {}
-    for name, owner, key, value in list(_attributes(module)):
-        if name in names:
-            owner[key] = _replaced(value, name, stand_ins)
+    named = by_name(module, ((m, key, (m, key, value)) for m, key, value in _attributes(module)))
+    for name in names & named.keys():
+        owner, key, value = named[name]
+        owner.__dict__[key] = _replaced(value, name, stand_ins)
 
 
 def _replaced(value: Any, name: str, stand_ins: dict[Any, _Carried]) -> Any:

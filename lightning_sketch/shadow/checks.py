@@ -73,8 +73,8 @@ def check_loss(loss: Tensor, theirs: Tensor, step: int, readings: Readings) -> N
             raise FidelityError(
                 f"Running `training_step` again at optimizer step {step} gives loss {ours:.8g}, but the run had "
                 f"{theirs:.8g}: the step depends on something besides parameters, buffers, the batch, module "
-                "attributes and random generators (a metric object used as the loss, a file, an object changed in "
-                "place), or `loss` is not the training loss."
+                "attributes and random generators (a metric object used as the loss, a file, the rank of the process, "
+                "an object changed in place), or `loss` is not the training loss."
             )
 
     readings.ask(torch.cat([ours.detach().double().reshape(1), theirs.reshape(1)]), judge)

@@ -33,10 +33,17 @@ class RunJets:
         degree: highest order ``R``.
         dtype: dtype of the coefficients.
         device: where they are kept.
+        ranks: of how many processes micro-batches come, each with buffers of its own.
     """
 
     def __init__(
-        self, indices: np.ndarray, directions: np.ndarray, degree: int, dtype: torch.dtype, device: torch.device
+        self,
+        indices: np.ndarray,
+        directions: np.ndarray,
+        degree: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        ranks: int = 1,
     ) -> None:
         real = not directions.imag.any()
         parts = directions.real[None] if real else np.stack([directions.real, directions.imag])
@@ -46,12 +53,12 @@ class RunJets:
         self.psi = torch.as_tensor(psi).to(device, dtype)  # 2^e psi, (P, k, n)
         self.lead: Lead = (degree, len(parts), len(indices))
         self.params: dict[str, Tensor | None] = {}
-        self.buffers: dict[str, Tensor | None] = {}
+        self.buffers: list[dict[str, Tensor | None]] = [{} for _ in range(ranks)]
         self.state: StateBlocks = {}
         self._carried: frozenset[str] = frozenset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that changes in training, as tensors and primitives."""
+        """Return all that changes in training, as tensors and primitives; of the first process, as checkpoints are."""
         optimizer: dict[str, dict[str, Tensor | None]] = {}
         for (name, key), block in self.state.items():
             optimizer.setdefault(name, {})[key] = block
@@ -59,7 +66,7 @@ class RunJets:
             "indices": self.indices.tolist(),
             "exponents": self.exponents.tolist(),
             "params": dict(self.params),
-            "buffers": dict(self.buffers),
+            "buffers": dict(self.buffers[0]),
             "optimizer": optimizer,
             "carried": sorted(self._carried),
         }
@@ -71,7 +78,8 @@ class RunJets:
             return {name: None if block is None else block.to(self.psi.device) for name, block in blocks.items()}
 
         self._shift(np.array(state["exponents"], dtype=np.int64) - self.exponents)
-        self.params, self.buffers = placed(state["params"]), placed(state["buffers"])
+        self.params, self.buffers[0] = placed(state["params"]), placed(state["buffers"])
+        self._synchronize_buffers()
         tensors = {name: placed(of_param) for name, of_param in state["optimizer"].items()}
         self.state = {(name, key): b for name, of_param in tensors.items() for key, b in of_param.items()}
         self._carried = frozenset(state["carried"])
@@ -103,7 +111,7 @@ class RunJets:
             module: the user's LightningModule.
             training_step: its unwrapped training step.
             weighting: how weights enter the loss.
-            records: the micro-batches of the step.
+            records: the micro-batches of the step, in order, by rank within each.
             snapshot: the user's optimizer before the step.
             clip: the user's gradient clipping.
             step: number of the optimizer step.
@@ -134,10 +142,19 @@ class RunJets:
 
     def _hand_over(self, held: Set[str]) -> None:
         """Follow parameters that enter the optimizer (a layer that is unfrozen) or leave it."""
-        for name in held & self.buffers.keys():
-            self.params[name] = self.buffers.pop(name)
+        for name in held & self.buffers[0].keys():
+            self.params[name] = self.buffers[0].pop(name)
+            for others in self.buffers[1:]:
+                others.pop(name, None)
         for name in self.params.keys() - held:
-            self.buffers[name] = self.params.pop(name)
+            self.buffers[0][name] = self.params.pop(name)
+            for others in self.buffers[1:]:
+                others[name] = _copied(self.buffers[0][name])
+
+    def _synchronize_buffers(self) -> None:
+        """Give all processes the buffers of the first."""
+        for rank in range(1, len(self.buffers)):
+            self.buffers[rank] = {name: _copied(block) for name, block in self.buffers[0].items()}
 
     def _as_in_run(self, gradient: JetTensor | None, of_run: Tensor | None) -> JetTensor | None:
         """The gradient with order 0 as in the run, to the last bit, in memory of its own: clipping works in place."""
@@ -158,11 +175,14 @@ class RunJets:
         readings: Readings,
     ) -> None:
         tensors: dict[str, Tensor] = dict(params)
+        if record.synchronized and record.rank == 0:
+            self._synchronize_buffers()
+        buffers = self.buffers[record.rank]
         for name, value in record.copied_buffers().items():
             if name in params:  # it entered the optimizer after this micro-batch
                 continue
             floating = value.dtype.is_floating_point
-            tensors[name] = wrap(value, [self.buffers.get(name)], self.lead) if floating else value
+            tensors[name] = wrap(value, [buffers.get(name)], self.lead) if floating else value
         weights = self.weights(record.units)
         trained = {name: p for name, p in params.items() if p.requires_grad}
 
@@ -184,7 +204,7 @@ class RunJets:
         )
         for name, buffer in tensors.items():
             if name not in params:
-                self.buffers[name] = buffer.block if type(buffer) is JetTensor else None
+                buffers[name] = buffer.block if type(buffer) is JetTensor else None
         for name, g in zip(trained, found, strict=True):
             if g is not None:
                 before = gradients[name]
@@ -210,7 +230,7 @@ class RunJets:
         if not shift.any():
             return
         self._shift(shift)
-        tracked: tuple[dict[Any, Tensor | None], ...] = (self.params, self.buffers, self.state)
+        tracked: tuple[dict[Any, Tensor | None], ...] = (self.params, *self.buffers, self.state)
         for blocks in tracked:
             for name, block in blocks.items():
                 blocks[name] = None if block is None else scale_orders(block, shift)
@@ -232,5 +252,9 @@ class RunJets:
 
     def coefficients(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the scaled coefficients of every parameter and buffer that varies, by name, ``(R, P, k, *S)``."""
-        found = {**self.params, **self.buffers}
+        found = {**self.params, **self.buffers[0]}
         return {name: b.contiguous() for name, b in found.items() if b is not None and name in tensors}
+
+
+def _copied(block: Tensor | None) -> Tensor | None:
+    return None if block is None else block.clone()

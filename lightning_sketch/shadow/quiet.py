@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -21,11 +21,36 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_sketch.errors import ConfigurationError
 
+T = TypeVar("T")
+
 # What an empty nn.Module keeps for itself: hooks and submodules stay
 STRUCTURE = frozenset(nn.Module().__dict__) - {"training"}
 CONTAINERS = (list, dict, set, deque)
 _WORLD = (nn.Module, Dataset, DataLoader, pl.LightningDataModule, pl.Callback)
-_IMMUTABLE = frozenset({int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device})
+IMMUTABLE = frozenset({int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device})
+_EMPTY: dict[Any, Any] = {}
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """``list(module.modules())`` in a third of the time: it is asked for several times a step."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        m = waiting.pop()
+        if m is not None and m not in found:
+            found[m] = None
+            waiting.extend(reversed(m._modules.values()))
+    return list(found)
+
+
+def by_name(module: nn.Module, attributes: Iterable[tuple[nn.Module, str, T]]) -> dict[str, T]:
+    """Name attributes of submodules, ``(owner, attribute, value)``, such as ``net.center``.
+
+    Paths take longer to make than all the rest, so only what was found in a walk is named.
+    """
+    attributes = list(attributes)
+    paths = {m: f"{path}." if path else "" for path, m in module.named_modules()} if attributes else {}
+    return {f"{paths.get(owner, '')}{key}": value for owner, key, value in attributes}
 
 
 @dataclass(frozen=True)
@@ -65,9 +90,13 @@ class ModuleState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.metrics: list[torchmetrics.Metric | torchmetrics.MetricCollection] = []  # submodules
+        self.held_metrics: list[torchmetrics.Metric | torchmetrics.MetricCollection] = []  # in plain containers
+        self._module = module
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any], int]] = []
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._restore_contents: list[Callable[[], Any]] = []
-        self._tensors: list[tuple[str, Tensor, int]] = []
+        self._tensors: list[tuple[nn.Module, str, Tensor, int]] = []
         self._seen: set[int] = set()
         # Helper objects of the user's own, such as a running average, but not the world behind them
         self._packages = {_package(c) for c in type(module).__mro__} - {
@@ -76,23 +105,29 @@ class ModuleState:
             "torch",
             "builtins",
         }
-        for path, m in module.named_modules():
-            attributes = {k: v for k, v in m.__dict__.items() if k not in STRUCTURE}
-            self._attributes.append((m.__dict__, attributes))
+        for m in modules_of(module):
+            present = m.__dict__
+            attributes = {k: v for k, v in present.items() if k not in STRUCTURE}
+            self._attributes.append((present, attributes, len(present)))
             self._remember_dict(m._parameters)
             self._remember_dict(m._buffers)
-            if not _is_metric(m):
-                for name, value in attributes.items():
-                    if type(value) not in _IMMUTABLE:
-                        self._remember(value, f"{path}.{name}" if path else name)
+            if _is_metric(m):
+                self.metrics.append(m)  # type: ignore[arg-type]
+                continue
+            for key, value in attributes.items():
+                if type(value) not in IMMUTABLE:
+                    self._remember(value, m, key)
 
-    def _remember(self, value: Any, name: str) -> None:
+    def _remember(self, value: Any, owner: nn.Module, key: str) -> None:
         """Remember whatever may be changed in place."""
         if isinstance(value, Tensor):
             if not value.is_inference():
-                self._tensors.append((name, value, value._version))
+                self._tensors.append((owner, key, value, value._version))
             return
-        if _is_metric(value) or id(value) in self._seen:
+        if _is_metric(value):
+            self.held_metrics.append(value)
+            return
+        if id(value) in self._seen:
             return
         self._seen.add(id(value))
         if isinstance(value, (*CONTAINERS, tuple)):
@@ -101,8 +136,8 @@ class ModuleState:
             elif not isinstance(value, tuple):
                 self._restore_contents.append(_refill(value, list(value)))
             for held in value.values() if isinstance(value, dict) else value:
-                if type(held) not in _IMMUTABLE:
-                    self._remember(held, name)
+                if type(held) not in IMMUTABLE:
+                    self._remember(held, owner, key)
         elif isinstance(value, np.ndarray):
             self._restore_contents.append(_overwrite(value, value.copy()))
         elif isinstance(value, np.random.Generator):
@@ -112,17 +147,23 @@ class ModuleState:
         elif isinstance(value, random.Random):
             self._restore_contents.append(functools.partial(value.setstate, value.getstate()))
         elif _package(type(value)) in self._packages and hasattr(value, "__dict__") and not isinstance(value, _WORLD):
-            self._remember(value.__dict__, name)
+            self._remember(value.__dict__, owner, key)
 
     def _remember_dict(self, value: dict[Any, Any]) -> None:
-        self._restore_contents.append(_refill(value, dict(value)))
+        # Most are empty, and what is made for every module of every step is paid for in garbage collection
+        self._dicts.append((value, dict(value) if value else _EMPTY))
 
     def restore(self) -> None:
         """Put every attribute and the contents of every container back."""
-        for present, attributes in self._attributes:
-            for name in [k for k in present if k not in attributes and k not in STRUCTURE]:
-                del present[name]
+        for present, attributes, size in self._attributes:
             present.update(attributes)
+            if len(present) != size:
+                for name in present.keys() - attributes.keys() - STRUCTURE:
+                    del present[name]
+        for present, contents in self._dicts:
+            if present or contents:
+                present.clear()
+                present.update(contents)
         for restore in self._restore_contents:
             restore()
 
@@ -132,13 +173,13 @@ class ModuleState:
         Raises:
             ConfigurationError: naming one.
         """
-        for name, tensor, version in self._tensors:
-            if tensor._version != version:
-                raise ConfigurationError(
-                    f"`{name}`: `training_step` changes this tensor in place, but it is neither a parameter nor a "
-                    "buffer, so the step cannot be run again from where it started: register it with "
-                    "`register_buffer`."
-                )
+        changed = [(m, key, tensor) for m, key, tensor, version in self._tensors if tensor._version != version]
+        for name in by_name(self._module, changed):
+            raise ConfigurationError(
+                f"`{name}`: `training_step` changes this tensor in place, but it is neither a parameter nor a "
+                "buffer, so the step cannot be run again from where it started: register it with "
+                "`register_buffer`."
+            )
 
 
 def _package(kind: type) -> str:
@@ -148,7 +189,7 @@ def _package(kind: type) -> str:
 def _refill(container: Any, contents: Any) -> Callable[[], None]:
     def restore() -> None:
         container.clear()
-        (container.extend if isinstance(container, (list, deque)) else container.update)(contents)
+        (container.update if isinstance(container, set) else container.extend)(contents)
 
     return restore
 
@@ -176,21 +217,6 @@ def _is_metric(value: object) -> bool:
     if kind not in _KINDS:
         _KINDS[kind] = issubclass(kind, (torchmetrics.Metric, torchmetrics.MetricCollection))
     return _KINDS[kind]
-
-
-def _metrics(module: nn.Module) -> Iterator[torchmetrics.Metric | torchmetrics.MetricCollection]:
-    """Every metric of a module, also those that it holds in plain containers."""
-    for m in module.modules():
-        if _is_metric(m):
-            yield m  # type: ignore[misc]
-            continue
-        for name, value in list(m.__dict__.items()):
-            if name in STRUCTURE:
-                continue
-            held = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-            )
-            yield from (v for v in held if _is_metric(v))
 
 
 def _silence(metric: torchmetrics.Metric | torchmetrics.MetricCollection) -> Callable[..., Any]:
@@ -223,16 +249,15 @@ def quiet(module: Any, random_state: RandomState, module_state: ModuleState | No
     """
     present_random = RandomState.capture(random_state.device)
     present_module = ModuleState(module)
-    own = {id(m) for m in module.modules()}
-    metrics = list(_metrics(module))
-    present_foreign = [ModuleState(m) for m in metrics if id(m) not in own]
+    held = present_module.held_metrics
+    present_held = [ModuleState(m) for m in held]
     trainer: Any = getattr(module, "_trainer", None)
     loggers = list(trainer.loggers) if trainer is not None else []
     present_checkpoint = CheckpointFunction.apply
     try:
         if module_state is not None:
             module_state.restore()
-        for metric in metrics:
+        for metric in (*present_module.metrics, *held):
             stub = _silence(metric)
             metric.__dict__.update(forward=stub, update=stub, compute=stub, reset=_nothing)
         module.__dict__.update(log=_nothing, log_dict=_nothing, print=_nothing)
@@ -245,7 +270,7 @@ def quiet(module: Any, random_state: RandomState, module_state: ModuleState | No
         CheckpointFunction.apply = present_checkpoint  # type: ignore[method-assign]
         if loggers:
             trainer.loggers = loggers
-        for state in present_foreign:
+        for state in present_held:
             state.restore()
         present_module.restore()
         present_random.restore()

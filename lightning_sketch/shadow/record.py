@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from lightning_sketch.shadow.carried import forbid_reading, varying_attributes
 from lightning_sketch.shadow.checks import Readings
 from lightning_sketch.shadow.example_ids import tensors_of
 from lightning_sketch.shadow.quiet import ModuleState, RandomState, quiet
+from lightning_sketch.shadow.ranks import Ranks
 from lightning_sketch.shadow.weighting import training_loss
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ class StepRecord:
         accumulate: over how many micro-batches the gradient is averaged.
         loss: the user's loss, float64, before division by ``accumulate``.
         foreign: attributes that hold tensors which others than ``training_step`` left there since the step before.
+        rank: of the process that it was on.
+        synchronized: whether the buffers of the first process had been given to all since the micro-batch before.
     """
 
     args: tuple[Any, ...]
@@ -49,6 +52,8 @@ class StepRecord:
     accumulate: int
     loss: Tensor
     foreign: frozenset[str] = frozenset()
+    rank: int = 0
+    synchronized: bool = False
 
     def ones_like(self, params: Mapping[str, Tensor]) -> Tensor:
         """Weights of one for every example, in the dtype and on the device of the parameters."""
@@ -105,6 +110,35 @@ def record_step(
     if loss is None:
         return outputs, None
     return outputs, StepRecord(kept, units, random_state, module_state, entry, accumulate, loss.detach().double())
+
+
+def share_records(records: Sequence[StepRecord], changed: Set[str], ranks: Ranks) -> list[StepRecord]:
+    """Return the micro-batches of all processes, in the order of the run, by rank within each.
+
+    Attributes of the module are taken to be the same everywhere; where they are not, the check of the loss tells.
+
+    Args:
+        records: of this process.
+        changed: names of the buffers that changed since the processes began with the same ones.
+        ranks: the processes.
+    """
+    if ranks.size == 1:
+        return list(records)
+    sent = [
+        replace(r, module_state=None, buffers={name: b for name, b in r.buffers.items() if name in changed})  # type: ignore[arg-type]
+        for r in records
+    ]
+    return [
+        replace(
+            theirs,
+            rank=rank,
+            module_state=own.module_state,
+            random_state=replace(theirs.random_state, device=own.random_state.device),
+            buffers={**own.buffers, **theirs.buffers},
+        )
+        for own, *of_ranks in zip(records, *ranks.share(sent), strict=True)
+        for rank, theirs in enumerate(of_ranks)
+    ]
 
 
 def _copy_containers(value: Any) -> Any:

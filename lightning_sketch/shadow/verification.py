@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sketch.errors import ConfigurationError, LightningSketchError
 from lightning_sketch.shadow.checks import TOLERANCE, Readings, check_loss
@@ -123,7 +124,20 @@ class _Step:
             gradient = torch.autograd.grad(loss, weights, allow_unused=True)[0] if loss.requires_grad else None
             return _Shares(loss.detach(), torch.zeros_like(weights) if gradient is None else gradient, terms)
 
-        return replay(self.module, record, self.training_step, weighted, weights, tensors, differentiate)[0]
+        with _RefuseCommunication():
+            return replay(self.module, record, self.training_step, weighted, weights, tensors, differentiate)[0]
+
+
+class _RefuseCommunication(TorchDispatchMode):
+    """Within, no process may talk to another: a re-run is not made by all of them at a time."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            raise ConfigurationError(
+                f"`training_step` exchanges data between processes ({func.__name__}; `self.all_gather`?), so the loss "
+                "of one depends on the batches of others: compute it from the batch of its own process."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _verify_linear(step: _Step, shares: _Shares) -> None:

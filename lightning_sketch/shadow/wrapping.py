@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
@@ -60,8 +66,23 @@ def check_trainer(trainer: Any, module: Any, who: str) -> None:
     problems = []
     if not module.automatic_optimization:
         problems.append("manual optimization (set `automatic_optimization = True`)")
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        problems.append(f"strategy {type(trainer.strategy).__name__} (use `devices=1, strategy='auto'`)")
+    strategy = trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        problems.append(
+            f"strategy {type(strategy).__name__}, which spreads parameters or optimizer state over processes, so that "
+            "none can run the step again (use `strategy='ddp'`)"
+        )
+    elif not isinstance(strategy, SingleDeviceStrategy) and type(strategy) is not DDPStrategy:  # TPUs derive from it
+        problems.append(f"strategy {type(strategy).__name__} (use `strategy='ddp'`, or `devices=1`)")
+    elif isinstance(strategy, DDPStrategy) and (strategy._ddp_comm_hook or strategy._ddp_comm_state):
+        problems.append("a DDP communication hook, which does not send the mean of the gradients (leave it out)")
+    if trainer.world_size > 1 and (
+        strategy._layer_sync or any(isinstance(m, nn.SyncBatchNorm) for m in module.modules())
+    ):
+        problems.append(
+            "SyncBatchNorm, whose statistics are of the batches of all processes (use BatchNorm with "
+            "`sync_batchnorm=False`, or GroupNorm)"
+        )
     if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
         problems.append(f"precision {trainer.precision!r} (use '32-true', '64-true' or 'bf16-mixed')")
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
@@ -121,13 +142,18 @@ def check_optimizers(optimizers: list[Optimizer], module: Any, who: str) -> Opti
     """Return the one optimizer.
 
     Raises:
-        ConfigurationError: if there are none or several, it evaluates the loss more than once a step, or it holds
-            parameters that are not the module's.
+        ConfigurationError: if there are none or several, it is spread over processes, it evaluates the loss more than
+            once a step, or it holds parameters that are not the module's.
     """
     if len(optimizers) != 1:
         raise ConfigurationError(
             f"{who} supports one optimizer, but `configure_optimizers` returned {len(optimizers)}: use parameter "
             "groups of one."
+        )
+    if any(c.__module__.startswith("torch.distributed") for c in type(optimizers[0]).__mro__):
+        raise ConfigurationError(
+            f"{who} does not support {type(optimizers[0]).__name__}, which spreads its state over processes: use a "
+            "plain optimizer."
         )
     if isinstance(optimizers[0], LBFGS):
         raise ConfigurationError(

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from lightning_sketch.errors import ConfigurationError
-from lightning_sketch.shadow.quiet import ModuleState, RandomState, quiet
+from lightning_sketch.shadow.quiet import ModuleState, RandomState, modules_of, quiet
 
 BATCH = data(4).tensors
 
@@ -61,6 +61,7 @@ class Busy(Classifier):
         self.accuracy = MulticlassAccuracy(CLASSES)
         self.collection = MetricCollection({"a": MeanMetric(), "b": MeanMetric()})
         self.plain = {"mean": MeanMetric(), "confusion": MulticlassConfusionMatrix(CLASSES)}
+        self.nested = {"train": [MeanMetric()]}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -87,6 +88,7 @@ class Busy(Classifier):
         self.collection(loss)
         self.plain["mean"].update(loss)
         self.plain["confusion"](logits, y)
+        self.nested["train"][0].update(loss)
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log_dict({"accuracy": self.accuracy, "a": self.collection["a"]})
         if self.logger is not None:
@@ -98,7 +100,7 @@ class Busy(Classifier):
 
 def everything(module: Busy) -> Any:
     """All that the step changes, in a comparable form."""
-    metrics = [module.accuracy, *module.collection.values(), *module.plain.values()]
+    metrics = [module.accuracy, *module.collection.values(), *module.plain.values(), *module.nested["train"]]
     return copy.deepcopy(
         {
             "attributes": {
@@ -242,3 +244,30 @@ def test_a_tensor_changed_in_place_must_be_a_buffer(where):
     target += 1
     with pytest.raises(ConfigurationError, match=f"`{where}`.*in place.*register_buffer"):
         state.refuse_changed_tensors()
+
+
+def test_the_walk_is_that_of_torch():
+    """Oracle: ``module.modules()``, with a shared submodule, one that is ``None``, and a module in itself."""
+    module = Busy()
+    module.shared, module.nothing = nn.ModuleList([module.net, nn.ModuleList([module.net[0]])]), None
+    module.register_module("none", None)
+    module.net[0].parent = module
+    assert modules_of(module) == list(module.modules())
+
+
+def test_parameters_and_buffers_that_a_run_registers_are_taken_away():
+    """Oracle: the module before; most modules have neither, and those are not copied."""
+
+    class Registers(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.empty.register_buffer("mean", torch.zeros(2))
+            self.empty.weight = nn.Parameter(torch.zeros(2))
+            del self.full.mean
+            return torch.zeros(())
+
+    module = Registers()
+    module.empty, module.full = nn.Identity(), nn.Identity()
+    module.full.register_buffer("mean", torch.zeros(2))
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    run_again(module, ModuleState(module), RandomState.capture(torch.device("cpu")))
+    assert [name for name, _ in (*module.named_parameters(), *module.named_buffers())] == names
