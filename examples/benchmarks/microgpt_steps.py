@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from models import QUIET
 from torch.utils.data import DataLoader
 
 from lightning_sketch import SketchCallback
@@ -40,10 +41,7 @@ def step_seconds(names: list[str], *callbacks: pl.Callback) -> float:
         precision="64-true",
         accelerator="cpu",
         callbacks=[*callbacks, clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     loader = DataLoader(NamesDataset(names), batch_size=1, collate_fn=collate_names)
     trainer.fit(MicroGPT(steps=len(names)).double(), loader)

@@ -16,6 +16,14 @@ from lightning_sketch.jets import JetTensor
 from lightning_sketch.optim import StableAdamW
 from lightning_sketch.shadow.planning import StepSize, directions_per_pass
 
+# What every Trainer of the benchmarks is given: nothing printed, nothing written.
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
 
 class Block(nn.Module):
     """Pre-norm transformer block with causal attention."""
@@ -161,10 +169,7 @@ def train(case: Case, rows: Tensor, callbacks: list[pl.Callback], accelerator: s
         accelerator=accelerator,
         devices=1,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     data = TensorDataset(case.inputs[rows], case.targets[rows])
     trainer.fit(Training(case), DataLoader(data, batch_size=len(case.inputs)))

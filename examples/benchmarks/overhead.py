@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from models import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -89,10 +90,7 @@ def measure(module: Deep, steps: int, callbacks: list[pl.Callback]) -> tuple[flo
         max_epochs=1,
         accelerator="cpu",
         callbacks=[*callbacks, clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     data = TensorDataset(torch.randn(steps * BATCH, 4), torch.randint(0, 3, (steps * BATCH,)))
     with clock.attached():

@@ -19,6 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from models import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -66,10 +67,7 @@ def train(given: argparse.Namespace) -> None:
             accelerator="cpu",
             devices=world,
             strategy="ddp" if world > 1 else "auto",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
             callbacks=[
                 SketchCallback(dirpath, given.directions, given.degree, units=[i % 50 for i in range(size)]),
                 clock,

@@ -386,7 +386,8 @@ class SketchCallback(AroundTrainingStep):
         if snapshot is None:
             return
         try:
-            records = share_records(records, self._changed(module), self._ranks)
+            if self._ranks.size > 1:
+                records = share_records(records, self._changed(module), self._ranks)
             self._together(lambda: self._carry(trainer, module, snapshot, records))
         except InstabilityError as error:
             if self.on_instability == "stop":

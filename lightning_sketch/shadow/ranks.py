@@ -35,14 +35,16 @@ class _Layout:
         return cls(t.dtype, tuple(t.shape[d] for d in order), tuple(order), t.device.type != "cpu")
 
     @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    @property
     def padded_bytes(self) -> int:
-        size = self.dtype.itemsize * math.prod(self.shape)
-        return -(-size // _ALIGNMENT) * _ALIGNMENT
+        return -(-self.num_bytes // _ALIGNMENT) * _ALIGNMENT
 
     def restore(self, flat: Tensor, device: torch.device) -> Tensor:
         """The tensor in its first bytes ``flat``, with its dimensions in the order that they had."""
-        size = self.dtype.itemsize * math.prod(self.shape)
-        t = flat[:size].view(self.dtype).reshape(self.shape)
+        t = flat[: self.num_bytes].view(self.dtype).reshape(self.shape)
         t = t.permute([self.order.index(d) for d in range(len(self.order))])
         return t.to(device if self.on_device else "cpu", copy=True)  # `torch.set_rng_state` is given no views
 
@@ -100,9 +102,10 @@ class Ranks:
         gathered = [torch.empty_like(flat) for _ in parts] if length else [flat] * self.size
         if length:
             dist.all_gather(gathered, flat)
-        values = [_put_together(p[1], self._split(bytes_, p[2])) for p, bytes_ in zip(parts, gathered, strict=True)]
-        values[self.rank] = value
-        return values
+        return [
+            value if rank == self.rank else _put_together(skeleton, self._split(flat, layouts))
+            for rank, ((_, skeleton, layouts), flat) in enumerate(zip(parts, gathered, strict=True))
+        ]
 
     def _flattened(self, tensors: list[Tensor], layouts: list[_Layout], length: int) -> Tensor:
         flat = torch.zeros(length, dtype=torch.uint8, device=self.device)
@@ -114,11 +117,9 @@ class Ranks:
         return flat
 
     def _split(self, flat: Tensor, layouts: list[_Layout]) -> list[Tensor]:
-        tensors, start = [], 0
-        for layout in layouts:
-            tensors.append(layout.restore(flat[start : start + layout.padded_bytes], self.device))
-            start += layout.padded_bytes
-        return tensors
+        sizes = [layout.padded_bytes for layout in layouts]
+        parts = flat[: sum(sizes)].split(sizes)
+        return [layout.restore(part, self.device) for layout, part in zip(layouts, parts, strict=True)]
 
     def collect(self, items: Iterable[T]) -> Iterator[T]:
         """Yield on the first process the items of all, one at a time, by rank; on the others nothing.

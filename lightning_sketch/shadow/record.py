@@ -122,8 +122,6 @@ def share_records(records: Sequence[StepRecord], changed: Set[str], ranks: Ranks
         changed: names of the buffers that changed since the processes began with the same ones.
         ranks: the processes.
     """
-    if ranks.size == 1:
-        return list(records)
     sent = [
         replace(r, module_state=None, buffers={name: b for name, b in r.buffers.items() if name in changed})  # type: ignore[arg-type]
         for r in records
