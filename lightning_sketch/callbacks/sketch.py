@@ -30,6 +30,7 @@ from lightning_sketch.shadow.planning import (
     state_bytes,
     trained_bytes,
 )
+from lightning_sketch.shadow.quiet import named_tensors, quiet
 from lightning_sketch.shadow.ranks import BufferSync, Ranks
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step, share_records
 from lightning_sketch.shadow.update import Counts, OptimizerSnapshot, ask_counts, count_state_tensors
@@ -310,20 +311,20 @@ class SketchCallback(AroundTrainingStep):
         tensors = _tensors(module)
         if self._steps:
             self._tracked.refuse_new(tensors, self._steps)
+        else:
+            self._tracked.note({name: t for name, t in tensors.items() if name not in self._tracked.values})
         synchronized = self._sync.happened()
         if synchronized and not self._ranks.is_first:
             self._tracked.note(dict(module.named_buffers()))  # which the first process has checked
         self._tracked.check(tensors, self._steps, self._readings)
-        others = _outside(trainer.optimizers[0], tensors)
-        self._tracked.note(others)
+        others = {name: self._tracked.values[name] for name in _outside(trainer.optimizers[0], tensors)}
         units = self._units.of_batch(args[0]).to(module.device, non_blocking=True)
-        foreign = self._attributes.changed(module)
         micro_batches = trainer.accumulate_grad_batches * self._ranks.size
         outputs, self._pending = record_step(module, step, args, units, others, micro_batches)
         if self._pending is not None:  # what a step without a loss leaves there has no coefficients
-            self._pending.foreign = foreign
+            self._pending.foreign = self._attributes.changed(module, self._pending.module_state)
             self._pending.synchronized = synchronized
-            self._attributes.note(module)
+            self._pending.left = self._attributes.note(module)
         return outputs
 
     @override
@@ -346,6 +347,7 @@ class SketchCallback(AroundTrainingStep):
 
     def _verify(self, module: pl.LightningModule, record: StepRecord) -> None:
         assert self._original is not None
+        self._readings.read()
         params = dict(module.named_parameters())
         fraction = verify_weighting(module, self._original, self.weighting, record, params)
         step = measure_step(module, self._original, self.weighting, record, params, self._state_tensors)
@@ -368,7 +370,9 @@ class SketchCallback(AroundTrainingStep):
             )
         if self._records:
             self._tracked.check(_state(optimizer, self._names), self._steps, self._readings)
-            self._snapshot = OptimizerSnapshot.capture(optimizer, self._names, pl_module, self._counts)
+            self._snapshot = OptimizerSnapshot.capture(
+                optimizer, self._names, self._tracked.values, pl_module, self._counts
+            )
 
     def _enter_step(self) -> None:
         self._depth += 1
@@ -394,7 +398,8 @@ class SketchCallback(AroundTrainingStep):
                 raise
             self._give_up(module, error)
             return
-        self._tracked.note({**dict(module.named_parameters()), **_state(snapshot.optimizer, self._names)})
+        params = {name: p for p, name in self._names.items()}
+        self._tracked.note({**params, **_state(snapshot.optimizer, self._names)})
         self._steps += 1
         if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
             self._write(module, snapshot.optimizer)
@@ -416,10 +421,13 @@ class SketchCallback(AroundTrainingStep):
 
         readings, step = self._readings, self._steps
         try:
-            for block in self._blocks:
-                params = block.advance(module, self._original, self.weighting, records, snapshot, clip, step, readings)
-                check_update(params, snapshot, self._names, step, readings)
-                del params  # with its gradients, which the next pass need not keep
+            with quiet(module, module.device) as start:
+                for block in self._blocks:
+                    params = block.advance(
+                        start, module, self._original, self.weighting, records, snapshot, clip, step, readings
+                    )
+                    check_update(params, snapshot, self._names, step, readings)
+                    del params  # with its gradients, which the next pass need not keep
             self._counts = ask_counts(snapshot.optimizer, self._names, readings)
         finally:  # an exception may only follow from what a reading raises
             readings.read()
@@ -496,7 +504,8 @@ class SketchCallback(AroundTrainingStep):
 
 
 def _tensors(module: pl.LightningModule) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    params, buffers = named_tensors(module)
+    return {**params, **buffers}
 
 
 def _outside(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

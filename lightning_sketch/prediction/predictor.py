@@ -93,7 +93,8 @@ class DeletionPredictor:
             block = shard.scaled.get(name)
             tensors[name] = value if block is None else wrap(value, [block.to(device)], lead)
         module, output = self.module, self.output
-        with quiet(module, RandomState.capture(device)), differentiable_kernels():
+        with quiet(module, device) as start, differentiable_kernels():
+            start(RandomState.capture(device), None)
             module.eval()
             if isinstance(output, str):
                 result = self._losses(tensors, batch, lead)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.jets.tensor import JetTensor
-from lightning_sketch.shadow.quiet import IMMUTABLE, STRUCTURE, by_name, modules_of
+from lightning_sketch.shadow.quiet import IMMUTABLE, STRUCTURE, ModuleState, by_name, modules_of
 
 _HOLDERS = (list, tuple, dict, deque)
 _TENSOR_OR_HOLDER = (Tensor, *_HOLDERS)
@@ -61,41 +61,50 @@ class AttributeWatch:
     """Tells which attributes hold floating-point tensors that others than ``training_step`` left there."""
 
     def __init__(self) -> None:
-        self._left: dict[str, list[tuple[Callable[[], Any], int]]] | None = None
+        self._left: dict[tuple[nn.Module, str], list[tuple[Callable[[], Any], int]]] | None = None
 
-    def note(self, module: nn.Module) -> None:
-        """Called after every ``training_step``."""
-        self._left = {name: [(weakref.ref(t), t._version) for t in tensors] for name, tensors in _held(module).items()}
+    def note(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Called after every ``training_step``; return which attributes hold any, as owner and name."""
+        self._left = {}
+        for m, key, value in _attributes(module):
+            for t in flatten(value):
+                if isinstance(t, Tensor) and _may_vary(t):
+                    self._left.setdefault((m, key), []).append((weakref.ref(t), t._version))
+        return list(self._left)
 
-    def changed(self, module: nn.Module) -> frozenset[str]:
-        """Called before every ``training_step``; what was there before the first is constant."""
+    def changed(self, module: nn.Module, before: ModuleState) -> frozenset[str]:
+        """Return their names, given the state before a ``training_step``; all is constant before the first."""
         if self._left is None:
             return frozenset()
         return frozenset(
-            name
-            for name, tensors in _held(module).items()
-            if any(all(t is not r() or t._version != v for r, v in self._left.get(name, [])) for t in tensors)
+            by_name(
+                module,
+                (
+                    (m, key, t)
+                    for m, key, t, version in before.tensors
+                    if _may_vary(t) and all(t is not r() or version != v for r, v in self._left.get((m, key), []))
+                ),
+            )
         )
 
 
-def _held(module: nn.Module) -> dict[str, list[Tensor]]:
-    found = []
-    for m, key, value in _attributes(module):
-        tensors = [v for v in flatten(value) if isinstance(v, Tensor) and not v.is_inference()]
-        tensors = [t for t in tensors if t.dtype.is_floating_point]
-        if tensors:
-            found.append((m, key, tensors))
-    return by_name(module, found)
+def _may_vary(t: Tensor) -> bool:
+    return t.dtype.is_floating_point and not t.is_inference()
 
 
-def varying_attributes(module: nn.Module) -> frozenset[str]:
+def varying_attributes(module: nn.Module, left: Sequence[tuple[nn.Module, str]]) -> frozenset[str]:
     """Return the attributes, such as ``net.center``, that hold varying tensors outside parameters and buffers.
 
     Call it after a step, under ``quiet``: what it left there would be read by the next one without coefficients.
+
+    Args:
+        module: after the step.
+        left: those in which the run left tensors, as owner and name.
     """
+    values = ((m, key, m.__dict__.get(key)) for m, key in left)
     varying = (
         (m, key, value)
-        for m, key, value in _attributes(module)
+        for m, key, value in values
         if any((type(v) is JetTensor and v.block is not None) or type(v) is _Carried for v in flatten(value))
     )
     return frozenset(by_name(module, varying))

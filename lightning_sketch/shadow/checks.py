@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_sketch.errors import FidelityError, InstabilityError
 from lightning_sketch.jets.tensor import JetTensor, primal_of
+from lightning_sketch.shadow.flat import sums
 
 if TYPE_CHECKING:
     from lightning_sketch.shadow.update import OptimizerSnapshot
@@ -94,23 +95,27 @@ def check_gradients(
     Raises:
         FidelityError: at once, if a parameter has a gradient in the re-run only.
     """
-    overall = sum((g.double().square().sum() for g in theirs.values() if g is not None), torch.zeros(())).sqrt()
-    excess = {}
-    for name, g in theirs.items():
-        mine = ours[name]
-        if g is None:
-            if mine is not None:
-                raise FidelityError(
-                    f"Parameter `{name}` has no gradient in the run at optimizer step {step}, but has one in the "
-                    "re-run of `training_step`: does a hook set it to None?"
-                )
-            continue
-        allowed = TOLERANCE.get(g.dtype, 1e-3) * (g.double().norm() + 1e-2 * overall)
-        difference = (
-            g if mine is None else mine.primal - g
-        )  # without one a parameter may still have zeros, from an earlier step
-        excess[name] = difference.double().norm() - allowed
+    names = [name for name, g in theirs.items() if g is not None]
+    for name in theirs.keys() - set(names):
+        if ours[name] is not None:
+            raise FidelityError(
+                f"Parameter `{name}` has no gradient in the run at optimizer step {step}, but has one in the "
+                "re-run of `training_step`: does a hook set it to None?"
+            )
+    of_run: list[Tensor] = [g for g in theirs.values() if g is not None]
+    # without a gradient of ours a parameter may still have zeros, from an earlier step
+    again = [
+        torch.zeros_like(g) if (mine := ours[name]) is None else mine.primal
+        for name, g in zip(names, of_run, strict=True)
+    ]
+    tolerance = _tolerances(of_run)
+
+    def excess(difference: np.ndarray, norm: np.ndarray) -> np.ndarray:
+        return difference - tolerance * (norm + 1e-2 * np.sqrt((norm**2).sum()))
+
     _require(
+        names,
+        sums(lambda mine, g: _squares(mine - g, g), again, of_run),
         excess,
         "The gradient of `{}` in the re-run of `training_step` is not the run's `p.grad` at optimizer step "
         f"{step} (or is not finite): a gradient hook, another dropout mask, or a kernel with a random state of its "
@@ -119,6 +124,7 @@ def check_gradients(
     )
 
 
+@torch.no_grad()
 def check_update(
     params: Mapping[str, JetTensor],
     snapshot: OptimizerSnapshot,
@@ -135,26 +141,34 @@ def check_update(
         step: number of the optimizer step.
         readings: which raises :class:`FidelityError` naming the parameter that differs.
     """
-    gradients, values = {}, {}
-    for p, name in names.items():
-        if name not in params:
-            continue
-        mine, value, tolerance = params[name], p.detach(), TOLERANCE.get(p.dtype, 1e-3)
-        if p.grad is not None and mine.grad is not None:
-            clipped = mine.grad.primal  # type: ignore[attr-defined]
-            gradients[name] = (clipped - p.grad).double().norm() - tolerance * p.grad.double().norm()
-        # relative to the update, not to the parameter: one step changes little of it
-        rounding = 8 * torch.finfo(p.dtype).eps * value.double().norm()
-        moved = (value - snapshot.params[name]).double().norm()
-        values[name] = (mine.primal - value).double().norm() - tolerance * moved - rounding
+    updated = [(name, params[name], p) for p, name in names.items() if name in params]
+    clipped: list[tuple[str, Tensor, Tensor]] = [
+        (name, mine.primal, g)  # type: ignore[attr-defined]
+        for name, jet, p in updated
+        if (g := p.grad) is not None and (mine := jet.grad) is not None
+    ]
+    of_run = [g for _, _, g in clipped]
+    of_gradient = _tolerances(of_run)
     _require(
-        gradients,
+        [name for name, _, _ in clipped],
+        sums(lambda mine, g: _squares(mine - g, g), [mine for _, mine, _ in clipped], of_run),
+        lambda difference, norm: difference - of_gradient * norm,
         f"The gradient of `{{}}` was changed between the backward pass and optimizer step {step} by something else "
         "than `configure_gradient_clipping` (a hook such as `on_before_optimizer_step`): clip or scale it there.",
         readings,
     )
+    values = [p for _, _, p in updated]
+    tolerance, rounding = _tolerances(values), 8 * np.array([torch.finfo(v.dtype).eps for v in values])
     _require(
-        values,
+        [name for name, _, _ in updated],
+        sums(
+            lambda mine, value, before: _squares(mine - value, value - before, value),
+            [jet.primal for _, jet, _ in updated],
+            values,
+            [snapshot.params[name] for name, _, _ in updated],
+        ),
+        # relative to the update, not to the parameter: one step changes little of it
+        lambda difference, moved, norm: difference - tolerance * moved - rounding * norm,
         f"`{{}}` after optimizer step {step} is not what the optimizer class gives on the same gradient: a hook "
         "changes parameters or hyper-parameters around the step, or the optimizer keeps state outside "
         "`optimizer.state`.",
@@ -162,14 +176,28 @@ def check_update(
     )
 
 
-def _require(excess: Mapping[str, Tensor], message: str, readings: Readings) -> None:
-    """Have an error raised, ``message`` with a name, unless every difference is within what is allowed."""
-    if not excess:
+def _tolerances(tensors: Sequence[Tensor]) -> np.ndarray:
+    return np.array([TOLERANCE.get(t.dtype, 1e-3) for t in tensors])
+
+
+def _squares(*values: Tensor) -> list[Tensor]:
+    return [x.double().square() for x in values]
+
+
+def _require(
+    names: Sequence[str],
+    squares: Tensor,
+    excess: Callable[..., np.ndarray],
+    message: str,
+    readings: Readings,
+) -> None:
+    """Have an error raised, ``message`` with a name, unless ``excess`` of the roots is nowhere positive."""
+    if not names:
         return
-    names = list(excess)
 
     def judge(values: np.ndarray) -> None:
-        if not (values <= 0).all():
-            raise FidelityError(message.format(names[int(np.where(np.isnan(values), np.inf, values).argmax())]))
+        too_much = excess(*np.sqrt(values))
+        if not (too_much <= 0).all():
+            raise FidelityError(message.format(names[int(np.where(np.isnan(too_much), np.inf, too_much).argmax())]))
 
-    readings.ask(torch.stack(list(excess.values())), judge)
+    readings.ask(squares, judge)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning_sketch.errors import InstabilityError
 from lightning_sketch.jets.tensor import JetTensor, Lead, jet, wrap
 from lightning_sketch.shadow import update
 from lightning_sketch.shadow.checks import Readings, check_gradients, check_loss
-from lightning_sketch.shadow.quiet import quiet
+from lightning_sketch.shadow.quiet import Start
 from lightning_sketch.shadow.record import StepRecord, call_with_tensors, replay
 from lightning_sketch.shadow.scaling import MAX_EXPONENT, choose_shift, exponents_of, scale_orders
 from lightning_sketch.shadow.update import OptimizerSnapshot, StateBlocks
@@ -96,6 +97,7 @@ class RunJets:
 
     def advance(
         self,
+        start: Start,
         module: Any,
         training_step: Callable[..., Any],
         weighting: LossWeighting,
@@ -108,6 +110,7 @@ class RunJets:
         """Carry the coefficients through one optimizer step, checking order 0 against the user's run.
 
         Args:
+            start: what :func:`quiet` yields.
             module: the user's LightningModule.
             training_step: its unwrapped training step.
             weighting: how weights enter the loss.
@@ -128,14 +131,17 @@ class RunJets:
         }
         gradients: dict[str, JetTensor | None] = dict.fromkeys(params)
         for record in records:
-            self._add_gradient(gradients, module, training_step, weighting, record, params, step, readings)
+            self._add_gradient(start, gradients, module, training_step, weighting, record, params, step, readings)
         check_gradients(gradients, snapshot.gradients, step, readings)
-        with quiet(module, snapshot.random_state, snapshot.module_state):
-            theirs = {name: self._as_in_run(gradients.pop(name), g) for name, g in snapshot.gradients.items()}
-            # An override of `configure_gradient_clipping` may clip the parameters of the module
-            self.state = call_with_tensors(
-                module, dict(params), lambda: update.step(snapshot, params, theirs, self.state, self.lead, clip)
-            )
+        theirs = {name: self._as_in_run(gradients.pop(name), g) for name, g in snapshot.gradients.items()}
+
+        def make_step() -> StateBlocks:
+            return update.step(snapshot, params, theirs, self.state, self.lead, clip)
+
+        start(snapshot.random_state, snapshot.module_state)
+        # An override of `configure_gradient_clipping` may clip the parameters of the module
+        of_module = snapshot.module_state is not None
+        self.state = call_with_tensors(module, dict(params), make_step) if of_module else make_step()
         self.params.update({name: p.block for name, p in params.items()})
         self._watch(step, readings)
         return params
@@ -165,6 +171,7 @@ class RunJets:
 
     def _add_gradient(
         self,
+        start: Start,
         gradients: dict[str, JetTensor | None],
         module: Any,
         training_step: Callable[..., Any],
@@ -193,6 +200,7 @@ class RunJets:
             return torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
 
         found, self._carried = replay(
+            start,
             module,
             record,
             training_step,
@@ -213,9 +221,9 @@ class RunJets:
     def _watch(self, step: int, readings: Readings) -> None:
         """Have the largest coefficient of every order and direction looked at."""
         blocks = [b for b in self.params.values() if b is not None and b.numel()]
-        extremes = [of(b, [1, *range(3, b.ndim)]) for b in blocks for of in (torch.amax, torch.amin)]  # keep NaN
-        if extremes:
-            readings.ask(torch.stack(extremes).abs().amax(0), lambda largest: self._rescale(largest, step))
+        largest = [torch.linalg.vector_norm(b, math.inf, [1, *range(3, b.ndim)]) for b in blocks]  # keeps NaN
+        if largest:
+            readings.ask(torch.stack(largest).amax(0), lambda largest: self._rescale(largest, step))
 
     def _rescale(self, largest: np.ndarray, step: int) -> None:
         """Move the exponents of directions whose coefficients, at most ``largest``, ``(R, k)``, leave a safe range."""

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.shadow.quiet import quiet
 from lightning_sketch.shadow.record import StepRecord, Weighting, replay
 
 # glibc gives blocks above 32 MiB back to the kernel when they are freed; every operator would touch fresh pages.
@@ -122,8 +123,8 @@ def measure_step(
     def differentiate(loss: Tensor) -> None:
         torch.autograd.grad(loss, trained, allow_unused=True)
 
-    with _LiveBytes() as live:
-        replay(module, record, training_step, weighting, weights, tensors, differentiate)
+    with quiet(module, record.random_state.device) as start, _LiveBytes() as live:
+        replay(start, module, record, training_step, weighting, weights, tensors, differentiate)
     size = trained_bytes(trained)
     held = size if record.accumulate > 1 else 0  # the gradient of the micro-batches before
     largest = max([live.largest, *(trained_bytes([p]) for p in trained)])

@@ -43,6 +43,31 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+def named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``dict(module.named_parameters())`` and ``dict(module.named_buffers())`` in half the time."""
+    params: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    visited: set[nn.Module] = set()
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module | None]] = [("", module)]
+    while waiting:
+        prefix, m = waiting.pop()
+        if m is None or m in visited:
+            continue
+        visited.add(m)
+        for key, p in m._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                params[prefix + key] = p
+        for key, b in m._buffers.items():
+            if b is not None and id(b) not in seen:
+                seen.add(id(b))
+                buffers[prefix + key] = b
+        if m._modules:
+            waiting.extend([(f"{prefix}{name}.", child) for name, child in m._modules.items()][::-1])
+    return params, buffers
+
+
 def by_name(module: nn.Module, attributes: Iterable[tuple[nn.Module, str, T]]) -> dict[str, T]:
     """Name attributes of submodules, ``(owner, attribute, value)``, such as ``net.center``.
 
@@ -92,11 +117,11 @@ class ModuleState:
     def __init__(self, module: nn.Module) -> None:
         self.metrics: list[torchmetrics.Metric | torchmetrics.MetricCollection] = []  # submodules
         self.held_metrics: list[torchmetrics.Metric | torchmetrics.MetricCollection] = []  # in plain containers
+        self.tensors: list[tuple[nn.Module, str, Tensor, int]] = []  # with owner, attribute and version
         self._module = module
         self._attributes: list[tuple[dict[str, Any], dict[str, Any], int]] = []
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._restore_contents: list[Callable[[], Any]] = []
-        self._tensors: list[tuple[nn.Module, str, Tensor, int]] = []
         self._seen: set[int] = set()
         # Helper objects of the user's own, such as a running average, but not the world behind them
         self._packages = {_package(c) for c in type(module).__mro__} - {
@@ -122,14 +147,15 @@ class ModuleState:
         """Remember whatever may be changed in place."""
         if isinstance(value, Tensor):
             if not value.is_inference():
-                self._tensors.append((owner, key, value, value._version))
+                self.tensors.append((owner, key, value, value._version))
             return
         if _is_metric(value):
             self.held_metrics.append(value)
             return
         if id(value) in self._seen:
             return
-        self._seen.add(id(value))
+        if not isinstance(value, tuple):
+            self._seen.add(id(value))
         if isinstance(value, (*CONTAINERS, tuple)):
             if isinstance(value, dict):
                 self._remember_dict(value)
@@ -173,7 +199,7 @@ class ModuleState:
         Raises:
             ConfigurationError: naming one.
         """
-        changed = [(m, key, tensor) for m, key, tensor, version in self._tensors if tensor._version != version]
+        changed = [(m, key, tensor) for m, key, tensor, version in self.tensors if tensor._version != version]
         for name in by_name(self._module, changed):
             raise ConfigurationError(
                 f"`{name}`: `training_step` changes this tensor in place, but it is neither a parameter nor a "
@@ -238,34 +264,47 @@ def _refuse_reentrant(*args: Any) -> None:
     )
 
 
+Start = Callable[[RandomState, "ModuleState | None"], None]
+
+
 @contextmanager
-def quiet(module: Any, random_state: RandomState, module_state: ModuleState | None = None) -> Iterator[None]:
-    """Within, the user's module may be run without a trace; it starts from ``random_state`` and ``module_state``.
+def quiet(module: Any, device: torch.device) -> Iterator[Start]:
+    """Within, the user's module may be run without a trace, as often as wanted.
+
+    Yields:
+        What is called before every run: the generators start from the state given, and the module's attributes from
+        theirs; ``None`` leaves them as they are. Afterwards all go on from where they are now.
 
     Args:
         module: the LightningModule (or any module).
-        random_state: what the generators start from; afterwards they go on as before.
-        module_state: what the module's attributes start from; the present ones if ``None``.
+        device: of the module.
     """
-    present_random = RandomState.capture(random_state.device)
+    present_random = RandomState.capture(device)
     present_module = ModuleState(module)
-    held = present_module.held_metrics
-    present_held = [ModuleState(m) for m in held]
+    metrics = [*present_module.metrics, *present_module.held_metrics]
+    present_held = [ModuleState(m) for m in present_module.held_metrics]
     trainer: Any = getattr(module, "_trainer", None)
     loggers = list(trainer.loggers) if trainer is not None else []
     present_checkpoint = CheckpointFunction.apply
-    try:
+
+    def start(random_state: RandomState, module_state: ModuleState | None) -> None:
         if module_state is not None:
             module_state.restore()
-        for metric in (*present_module.metrics, *held):
+            silence()
+        random_state.restore()
+
+    def silence() -> None:
+        for metric in metrics:
             stub = _silence(metric)
             metric.__dict__.update(forward=stub, update=stub, compute=stub, reset=_nothing)
         module.__dict__.update(log=_nothing, log_dict=_nothing, print=_nothing)
+
+    try:
+        silence()
         if loggers:
             trainer.loggers = [DummyLogger()]
-        random_state.restore()
         CheckpointFunction.apply = _refuse_reentrant  # type: ignore[method-assign]
-        yield
+        yield start
     finally:
         CheckpointFunction.apply = present_checkpoint  # type: ignore[method-assign]
         if loggers:

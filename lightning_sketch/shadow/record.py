@@ -18,7 +18,8 @@ from lightning_sketch.errors import FidelityError
 from lightning_sketch.shadow.carried import forbid_reading, varying_attributes
 from lightning_sketch.shadow.checks import Readings
 from lightning_sketch.shadow.example_ids import tensors_of
-from lightning_sketch.shadow.quiet import ModuleState, RandomState, quiet
+from lightning_sketch.shadow.flat import sums
+from lightning_sketch.shadow.quiet import ModuleState, RandomState, Start, modules_of, named_tensors
 from lightning_sketch.shadow.ranks import Ranks
 from lightning_sketch.shadow.weighting import training_loss
 
@@ -36,10 +37,11 @@ class StepRecord:
         units: unit of every example, int64 ``(B,)`` on the device of the module, -1 = not deletable.
         random_state: generators at entry.
         module_state: attributes at entry.
-        buffers: buffers, and parameters that the optimizer does not hold, at entry, by name; copied.
+        buffers: buffers, and parameters that the optimizer does not hold, at entry, by name; copies.
         accumulate: over how many micro-batches the gradient is averaged.
         loss: the user's loss, float64, before division by ``accumulate``.
         foreign: attributes that hold tensors which others than ``training_step`` left there since the step before.
+        left: attributes in which it left tensors, as owner and name.
         rank: of the process that it was on.
         synchronized: whether the buffers of the first process had been given to all since the micro-batch before.
     """
@@ -52,6 +54,7 @@ class StepRecord:
     accumulate: int
     loss: Tensor
     foreign: frozenset[str] = frozenset()
+    left: Sequence[tuple[nn.Module, str]] = ()
     rank: int = 0
     synchronized: bool = False
 
@@ -75,7 +78,7 @@ def record_step(
     training_step: Callable[..., Any],
     args: tuple[Any, ...],
     units: Tensor,
-    buffers: Mapping[str, Tensor],
+    buffers: dict[str, Tensor],
     accumulate: int,
 ) -> tuple[Any, StepRecord | None]:
     """Run the user's ``training_step`` and remember what it started from.
@@ -85,7 +88,7 @@ def record_step(
         training_step: its unwrapped training step.
         args: what the Trainer calls it with.
         units: unit of every example, ``(B,)``, on the device of the module.
-        buffers: what the step may change besides parameters of the optimizer, by name.
+        buffers: copies of what the step may change besides parameters of the optimizer, by name.
         accumulate: over how many micro-batches the gradient is averaged.
 
     Returns:
@@ -96,7 +99,6 @@ def record_step(
         FidelityError: if the step changes its batch in place.
     """
     random_state, module_state = RandomState.capture(module.device), ModuleState(module)
-    entry = {name: b.detach().clone() for name, b in buffers.items()}
     kept = _copy_containers(args)  # a step may pop keys of its batch
     versions = [(t, t._version) for t in tensors_of(args) if not t.is_inference()]
     outputs = training_step(*args)
@@ -109,7 +111,7 @@ def record_step(
     loss = training_loss(outputs)
     if loss is None:
         return outputs, None
-    return outputs, StepRecord(kept, units, random_state, module_state, entry, accumulate, loss.detach().double())
+    return outputs, StepRecord(kept, units, random_state, module_state, buffers, accumulate, loss.detach().double())
 
 
 def share_records(records: Sequence[StepRecord], changed: Set[str], ranks: Ranks) -> list[StepRecord]:
@@ -123,7 +125,7 @@ def share_records(records: Sequence[StepRecord], changed: Set[str], ranks: Ranks
         ranks: the processes.
     """
     sent = [
-        replace(r, module_state=None, buffers={name: b for name, b in r.buffers.items() if name in changed})  # type: ignore[arg-type]
+        replace(r, module_state=None, left=(), buffers={name: b for name, b in r.buffers.items() if name in changed})  # type: ignore[arg-type]
         for r in records
     ]
     return [
@@ -131,6 +133,7 @@ def share_records(records: Sequence[StepRecord], changed: Set[str], ranks: Ranks
             theirs,
             rank=rank,
             module_state=own.module_state,
+            left=own.left,
             random_state=replace(theirs.random_state, device=own.random_state.device),
             buffers={**own.buffers, **theirs.buffers},
         )
@@ -164,7 +167,8 @@ class TrackedTensors:
 
     def note(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy what a tracked operation has just left."""
-        self.values.update({name: t.detach().clone() for name, t in tensors.items()})
+        with torch.no_grad():
+            self.values.update({name: t.clone() for name, t in tensors.items()})
 
     def refuse_new(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Require that no tensor has been registered outside ``training_step`` since the first optimizer step.
@@ -188,12 +192,14 @@ class TrackedTensors:
             step: number of the optimizer step to come.
             readings: which raises :class:`FidelityError` naming one that was changed.
         """
-        known = {name: _differs(t.detach(), self.values[name]) for name, t in tensors.items() if name in self.values}
+        known = [name for name in tensors if name in self.values]
         if not known:
             return
+        with torch.no_grad():
+            changed = sums(_differs, [tensors[name] for name in known], [self.values[name] for name in known])
 
         def judge(changed: np.ndarray) -> None:
-            name = next((name for name, c in zip(known, changed, strict=True) if c), None)
+            name = next((name for name, c in zip(known, changed[0], strict=True) if c), None)
             if name is not None:
                 raise FidelityError(
                     f"`{name}` was changed before optimizer step {step} by something else than the optimizer and a "
@@ -202,11 +208,11 @@ class TrackedTensors:
                     "data as a Python number."
                 )
 
-        readings.ask(torch.stack(list(known.values())), judge)
+        readings.ask(changed, judge)
 
 
-def _differs(a: Tensor, b: Tensor) -> Tensor:
-    return ((a != b) & ((a == a) | (b == b))).any()  # a NaN that stays one does not
+def _differs(a: Tensor, b: Tensor) -> list[Tensor]:
+    return [((a != b) & ((a == a) | (b == b))).double()]  # a NaN that stays one does not
 
 
 def call_with_tensors(module: nn.Module, tensors: dict[str, Tensor], function: Callable[[], Any]) -> Any:
@@ -221,21 +227,23 @@ def call_with_tensors(module: nn.Module, tensors: dict[str, Tensor], function: C
     Returns:
         What ``function`` returns.
     """
-    stores = [store for m in module.modules() for store in (m._parameters, m._buffers)]
-    before = [dict(store) for store in stores]
-    present = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    params, buffers = named_tensors(module)
+    present = {**params, **buffers}
     replacements = {id(present[name]): t for name, t in tensors.items() if name in present}
+    stores = [store for m in modules_of(module) for store in (m._parameters, m._buffers)]
+    before = [(store, store.copy()) for store in stores if store]
     try:
-        for store in stores:
-            for key, t in store.items():
+        for store, contents in before:
+            for key, t in contents.items():
                 if id(t) in replacements:  # by identity, so that tied weights stay tied
                     store[key] = replacements[id(t)]  # type: ignore[assignment]
         result = function()
-        tensors.update(module.named_buffers())
+        tensors.update(named_tensors(module)[1])
         return result
     finally:
-        for store, contents in zip(stores, before, strict=True):
+        for store in stores:
             store.clear()
+        for store, contents in before:
             store.update(contents)  # type: ignore[arg-type]
 
 
@@ -265,6 +273,7 @@ def _precision_of(module: Any) -> AbstractContextManager[None]:
 
 
 def replay(
+    start: Start,
     module: Any,
     record: StepRecord,
     training_step: Callable[..., Any],
@@ -274,9 +283,10 @@ def replay(
     use: Callable[[Tensor], T],
     carried: frozenset[str] = frozenset(),
 ) -> tuple[T, frozenset[str]]:
-    """Run the recorded step again, without a trace, with weighted examples and replaced tensors.
+    """Run the recorded step again with weighted examples and replaced tensors.
 
     Args:
+        start: what :func:`quiet` yields, which leaves no trace of it.
         module: the user's LightningModule.
         record: the step.
         training_step: the module's unwrapped training step.
@@ -301,7 +311,8 @@ def replay(
         assert loss is not None, "a step whose training_step returned None is not recorded"
         return use(loss)
 
-    with quiet(module, record.random_state, record.module_state), differentiable_kernels(), torch.enable_grad():
+    start(record.random_state, record.module_state)
+    with differentiable_kernels(), torch.enable_grad():
         forbid_reading(module, carried)
         result = call_with_tensors(module, tensors, run)
-        return result, varying_attributes(module)
+        return result, varying_attributes(module, record.left)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
@@ -35,12 +37,12 @@ class OptimizerSnapshot:
     Attributes:
         optimizer: the user's.
         groups: parameter groups; hyper-parameters copied, parameters by name.
-        params: values by name, copied.
+        params: copies of the values, by name.
         trainable: names of the parameters that require grad.
         state: state by name of the parameter, copied.
         gradients: the user's gradients by name, copied; ``None`` where there is none.
         random_state: generators before clipping and update.
-        module_state: the module's attributes before clipping and update.
+        module_state: the module's attributes before clipping and update; ``None`` if none of its code runs there.
     """
 
     optimizer: Optimizer
@@ -50,17 +52,23 @@ class OptimizerSnapshot:
     state: dict[str, dict[str, Any]]
     gradients: dict[str, Tensor | None]
     random_state: RandomState
-    module_state: ModuleState
+    module_state: ModuleState | None
 
     @classmethod
     def capture(
-        cls, optimizer: Optimizer, names: Mapping[Tensor, str], module: Any, counts: Counts
+        cls,
+        optimizer: Optimizer,
+        names: Mapping[Tensor, str],
+        values: Mapping[str, Tensor],
+        module: pl.LightningModule,
+        counts: Counts,
     ) -> OptimizerSnapshot:
         """Copy what the coming step will change.
 
         Args:
             optimizer: the user's.
             names: the module's parameters and their names.
+            values: copies of their values, by name.
             module: the user's LightningModule.
             counts: numbers of the state that are known on the CPU already.
 
@@ -71,20 +79,21 @@ class OptimizerSnapshot:
         for group in optimizer.param_groups:
             members = []
             for p in group["params"]:
-                if p not in names:
+                name = names.get(p)
+                if name is None:
                     raise ConfigurationError(
                         f"`configure_optimizers`: the optimizer holds a parameter of shape {tuple(p.shape)} that was "
                         "not registered in the module when training started: register it in `__init__`."
                     )
-                name = names[p]
                 members.append(name)
-                params[name] = p.detach().clone()
+                params[name] = values[name]
                 gradients[name] = None if p.grad is None else p.grad.detach().clone()
                 state[name] = {k: _copy(counts.get((name, k), v)) for k, v in optimizer.state.get(p, {}).items()}
             groups.append({**{k: _copy(v) for k, v in group.items() if k != "params"}, "params": members})
         trainable = frozenset(name for p, name in names.items() if p.requires_grad)
         random_state = RandomState.capture(module.device)
-        return cls(optimizer, groups, params, trainable, state, gradients, random_state, ModuleState(module))
+        module_state = ModuleState(module) if is_overridden("configure_gradient_clipping", module) else None
+        return cls(optimizer, groups, params, trainable, state, gradients, random_state, module_state)
 
 
 def ask_counts(optimizer: Optimizer, names: Mapping[Tensor, str], readings: Readings) -> Counts:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_sketch.errors import ConfigurationError, LightningSketchError
 from lightning_sketch.shadow.checks import TOLERANCE, Readings, check_loss
 from lightning_sketch.shadow.example_ids import tensors_of
+from lightning_sketch.shadow.quiet import quiet
 from lightning_sketch.shadow.record import StepRecord, replay
 from lightning_sketch.shadow.weighting import REMEDY, LossWeighting, WeightedReductions, refuse_unweighted
 
@@ -124,8 +125,8 @@ class _Step:
             gradient = torch.autograd.grad(loss, weights, allow_unused=True)[0] if loss.requires_grad else None
             return _Shares(loss.detach(), torch.zeros_like(weights) if gradient is None else gradient, terms)
 
-        with _RefuseCommunication():
-            return replay(self.module, record, self.training_step, weighted, weights, tensors, differentiate)[0]
+        with quiet(self.module, record.random_state.device) as start, _RefuseCommunication():
+            return replay(start, self.module, record, self.training_step, weighted, weights, tensors, differentiate)[0]
 
 
 class _RefuseCommunication(TorchDispatchMode):
