@@ -158,7 +158,9 @@ def check_update(
         readings,
     )
     values = [p for _, _, p in updated]
-    tolerance, rounding = _tolerances(values), 8 * np.array([torch.finfo(v.dtype).eps for v in values])
+    tolerance = _tolerances(values)
+    eps = {dtype: torch.finfo(dtype).eps for dtype in {v.dtype for v in values}}
+    rounding = 8 * np.array([eps[v.dtype] for v in values])
     _require(
         [name for name, _, _ in updated],
         sums(
