@@ -7,6 +7,10 @@ A sketch is a directory of ``sketch.json`` and safetensors files:
   can be edited unseen. ``format_version`` MUST be read first; a reader refuses a version newer than its own.
 - ``files`` MUST list every data file with its size and SHA-256. Names end in an id drawn for each writing, so that a
   new sketch never overwrites the files of the one it replaces. The directory MAY hold other files; they are ignored.
+- ``data_order`` is a SHA-256 of the rows of the dataset in every batch of the run, in their order: parts of one run
+  MUST have the same. A process of the run takes the SHA-256 of its own last digest (64 hexadecimal digits; none before
+  the first batch) and the rows of the batch as little-endian int64; ``data_order`` is that of the digests of all
+  processes, by rank.
 - ``modules`` names the type of every submodule but metrics, since parameters alone do not tell Tanh from ReLU.
 - ``primal-*`` holds every tensor of the user's own run once. ``coefficients-*`` hold the shards, name ->
   ``(R, P, k, *S)``: orders 1 to R, ``P`` = 2 (re, im) or 1 (real directions only), and the ``k`` directions whose rows
@@ -18,7 +22,7 @@ A sketch is a directory of ``sketch.json`` and safetensors files:
 - ``units-*`` (``units``: int64 per example, -1 = not deletable) MUST be there unless example ``i`` is unit ``i``. The
   largest unit plus one MUST be ``num_units``.
 - ``directions-*`` (``directions``: ``(K, n, 2)`` float64, real and imaginary parts) MUST be there unless
-  ``directions.recipe`` gives the array back and it has at most 2^28 entries. ``directions.probe`` is ``Psi w`` with
+  ``directions.recipe`` gives the array back and it has at most 2^26 entries. ``directions.probe`` is ``Psi w`` with
   ``w_u = cos(u)``: QR and norms differ by rounding between machines, so a regenerated array need agree with the probe
   only to 1e-9, not bit by bit.
 - No file is ever unpickled, and nothing is allocated before it was compared with the size of a file that exists.
@@ -45,7 +49,7 @@ FORMAT_VERSION = 1
 
 JSON_NAME = "sketch.json"
 MAX_JSON_BYTES = 2**28
-MAX_REGENERATED_ENTRIES = 2**28  # K * n; 4 GiB. More must be in a file, which bounds what a reader allocates
+MAX_REGENERATED_ENTRIES = 2**26  # K * n; 1 GiB. More must be in a file, which bounds what a reader allocates
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -106,6 +110,7 @@ _SCHEMA: dict[str, Any] = {
     "num_units": _is_positive,
     "num_examples": _is_positive,
     "steps": _is_count,
+    "data_order": _is_digest,
     "normalization": _one_of("batch", "remaining"),
     "optimizer": _is_text,
     "loss": _is_text,

@@ -41,8 +41,8 @@ from lightning_sketch.shadow.scaling import MAX_EXPONENT, scale_orders
 
 _PROBE_TOLERANCE = 1e-9
 _SAME_DIRECTION = 1e-12  # of the squared distance, in units of the squared length
-# What two sketches must share to be parts of one, beside the unit map and, bit by bit, the final tensors. Those tell
-# apart runs of another seed, data order or hyperparameter, which are not recorded by themselves.
+# What two sketches must share to be parts of one, beside the unit map, the order of the data and, bit by bit, the final
+# tensors. Those tell apart runs of another seed or hyperparameter, which are not recorded by themselves.
 _SAME_RUN = ("degree", "dtype", "num_examples", "num_units", "steps", "normalization", "optimizer", "loss", "modules")
 
 
@@ -313,6 +313,7 @@ def write_sketch(
     degree: int,
     normalization: str,
     steps: int,
+    data_order: str,
     optimizer: str,
     loss: str,
     modules: dict[str, str],
@@ -329,6 +330,7 @@ def write_sketch(
         degree: ``R``.
         normalization: ``"batch"`` or ``"remaining"``.
         steps: optimizer steps done.
+        data_order: SHA-256, 64 hexadecimal digits, of the rows of all batches in their order.
         optimizer: the optimizer, in words.
         loss: the loss, in words.
         modules: :func:`module_types` of the model.
@@ -385,6 +387,7 @@ def write_sketch(
                 "num_units": num_units,
                 "num_examples": len(units),
                 "steps": int(steps),
+                "data_order": data_order,
                 "normalization": normalization,
                 "optimizer": optimizer,
                 "loss": loss,
@@ -476,6 +479,8 @@ def _check_mergeable(sketches: Sequence[Sketch]) -> None:
         differing = [key for key in _SAME_RUN if sketch.metadata[key] != first.metadata[key]]
         if sketch.metadata["units"]["checksum"] != first.metadata["units"]["checksum"]:
             differing.append("unit map")
+        if sketch.metadata["data_order"] != first.metadata["data_order"]:
+            differing.append("order of the data")
         if _primal_digest(sketch) != _primal_digest(first) or (
             sketch.metadata["coefficients"]["names"] != first.metadata["coefficients"]["names"]
         ):
@@ -483,7 +488,8 @@ def _check_mergeable(sketches: Sequence[Sketch]) -> None:
         if differing:
             raise SketchError(
                 f"`{sketch.dirpath}` is of another run than `{first.dirpath}` ({', '.join(differing)} differ): "
-                "merge only sketches of runs that are equal but for their directions."
+                "merge only sketches of runs that are equal but for their directions (batches are drawn alike after "
+                "the same `seed_everything`, in the same number of processes)."
             )
         if any(_share_a_direction(sketch.directions, earlier.directions) for earlier in sketches[:position]):
             raise SketchError(

@@ -53,6 +53,7 @@ def write(dirpath: Path, *, design: Any = 3, names: str = "basis+sphere", seed: 
         "degree": degree,
         "normalization": "batch",
         "steps": 12,
+        "data_order": "0" * 64,
         "optimizer": "SGD",
         "loss": "auto",
         "modules": {"layer": "Linear"},

@@ -386,6 +386,23 @@ def test_merge_stores_no_array_that_recipes_give_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(merged.directions, np.concatenate([part.directions for part in parts]))
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_too_many_directions_to_be_drawn_again_are_in_a_file(
+    merged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: ``K n`` entries, and whether there is a file; 3 directions of 4 units, or 6."""
+    parts = [write(tmp_path / str(seed), names="orthonormal", seed=seed) for seed in range(2)]
+    for most, stored in ((24 if merged else 12, False), (23 if merged else 11, True)):
+        for module in ("sketch", "_sketch_format"):
+            monkeypatch.setattr(f"lightning_sketch.{module}.MAX_REGENERATED_ENTRIES", most)
+        out = tmp_path / f"out{most}"
+        sketch = Sketch.merge(parts, out) if merged else write(out, names="orthonormal")
+        assert bool(list(out.glob("directions*"))) == stored
+        sketch.verify()
+        expected = [part.directions for part in parts] if merged else [parts[0].directions]
+        np.testing.assert_array_equal(Sketch.load(out).directions, np.concatenate(expected))
+
+
 def test_merge_into_a_part(tmp_path: Path) -> None:
     parts = [write(tmp_path / str(seed), names="sphere", seed=seed) for seed in range(2)]
     directions = np.concatenate([part.directions for part in parts])
@@ -401,6 +418,7 @@ OTHER_RUNS: dict[str, dict[str, Any]] = {
     "final parameters": {"primal": make_primal(seed=1)},
     "unit map": {"units": [0, 0, 1, 3, -1, 2]},
     "num_units": {"units": [0, 0, 1, 2, 4, 3]},
+    "order of the data": {"data_order": "1" * 64},
 }
 
 
@@ -410,7 +428,9 @@ def test_merge_refuses_another_run(tmp_path: Path, difference: str) -> None:
         write(tmp_path / "a", names="sphere"),
         write(tmp_path / "b", names="sphere", seed=1, **OTHER_RUNS[difference]),
     ]
-    with pytest.raises(SketchError, match=rf"b` is of another run than.*\(.*{difference}.* differ\)"):
+    with pytest.raises(
+        SketchError, match=rf"b` is of another run than.*\(.*{difference}.* differ\).*`seed_everything`"
+    ):
         Sketch.merge(parts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -372,7 +372,7 @@ class Hang(BaseException):
 def guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], Any]], Any]]:
     """Run something in at most 10 s and 256 MiB of new address space, touched or not, without executing a pickle."""
     monkeypatch.chdir(tmp_path)
-    # 4 GiB of directions from a recipe are allowed by the format; here so many are absurd
+    # 1 GiB of directions from a recipe are allowed by the format; here so many are absurd
     monkeypatch.setattr(_sketch_format, "MAX_REGENERATED_ENTRIES", 2**18)
 
     def hang(*_: object) -> None:
@@ -666,9 +666,9 @@ def test_killed_writers(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"sketch.json", *sketch.metadata["files"]}
 
 
-# Merges. Two parts are of one run if the metadata of `_SAME_RUN`, the unit map, the names of the coefficients and every
-# bit of the final tensors are equal. The order of the data and the hyperparameters are compared through the tensors
-# they lead to. What leaves all of this equal is not told apart: a dataset in another order, visited in the same order.
+# Merges. Two parts are of one run if the metadata of `_SAME_RUN`, the unit map, the order of the data, the names of the
+# coefficients and every bit of the final tensors are equal. Hyperparameters are compared through the tensors they lead
+# to. What leaves all of this equal is not told apart: a dataset in another order, visited in the same order.
 
 
 @pytest.mark.parametrize(

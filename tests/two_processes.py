@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import FEATURES, Classifier, data, fit, network
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -118,6 +119,13 @@ def loader(batch_size: int = 3) -> DataLoader:
 
 def same_global_batches(folder: Path) -> None:
     fit(Momentum, [SketchCallback(folder / "sketch", directions(), 3)], loader(), **DDP)
+
+
+def again(folder: Path) -> None:
+    """The case before, on other directions, by a callback that has seen another run."""
+    callback = SketchCallback(folder / "sketch", 2, 1)
+    fit(Momentum, [callback], loader(), epochs=1, **DDP)
+    fit(Momentum, [callback], loader(), **DDP)
 
 
 def against_retraining(folder: Path) -> None:
@@ -240,6 +248,7 @@ class told:
 
 CASES = [
     same_global_batches,
+    again,
     against_retraining,
     unchanged_run,
     resumed,
@@ -259,3 +268,4 @@ if __name__ == "__main__":
         folder.mkdir(parents=True, exist_ok=True)
         print(case.__name__, flush=True)
         case(folder)
+    dist.destroy_process_group()  # what is left of it may abort a process that ends

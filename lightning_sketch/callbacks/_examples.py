@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,16 +24,21 @@ class BatchUnits:
     Args:
         units: unit of every example of the train dataset, -1 = not deletable; ``None`` for one unit per example.
         ids: ``"auto"``, a key of the batch, or ``callable(batch) -> (B,)`` integers.
+
+    Attributes:
+        order: SHA-256 of the rows of all batches so far, in their order; empty before the first.
     """
 
     def __init__(self, units: Sequence[int] | None, ids: Callable[[Any], Any] | str) -> None:
         self.given = units
         self.ids = ExampleIds(ids)
         self.of_example = np.zeros(0, dtype=np.int64)
+        self.order = ""
         self._traced: list[int] | None = None
 
     def start(self, trainer: Any) -> None:
         """Read the size of the train dataset; called when the dataloaders exist."""
+        self.order = ""
         self.of_example = resolve_units(self.given, count_examples(trainer, self.given))
 
     @property
@@ -45,7 +51,7 @@ class BatchUnits:
         self._traced = self.ids.next_batch(trainer, batch_idx)
 
     def of_batch(self, batch: Any) -> Tensor:
-        """Return the unit of every example, int64 ``(B,)``, on the CPU.
+        """Return the unit of every example, int64 ``(B,)``, on the CPU; called once for every batch.
 
         Raises:
             ConfigurationError: if an example is not a row of the dataset.
@@ -57,7 +63,13 @@ class BatchUnits:
                 f"`ids` gave example {unknown[0]}, but the train dataset has examples 0 to "
                 f"{len(self.of_example) - 1}: make `ids` return rows of the train dataset."
             )
+        self.order = hashlib.sha256(self.order.encode() + ids.astype("<i8").tobytes()).hexdigest()
         return torch.from_numpy(self.of_example[ids])
+
+
+def joint_order(orders: Sequence[str]) -> str:
+    """Return the SHA-256 over ``BatchUnits.order`` of all processes, by rank."""
+    return hashlib.sha256("".join(orders).encode()).hexdigest()
 
 
 class AroundTrainingStep(pl.Callback):

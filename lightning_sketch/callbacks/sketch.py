@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sketch.callbacks._examples import AroundTrainingStep
+from lightning_sketch.callbacks._examples import AroundTrainingStep, joint_order
 from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design, units_checksum
 from lightning_sketch.errors import ConfigurationError, InstabilityError
 from lightning_sketch.jets.memory import give_back_freed_memory
@@ -138,7 +138,8 @@ class SketchCallback(AroundTrainingStep):
         self._readings = Readings()
         self._counts: Counts = {}
         self._state_tensors = 0
-        self._depth = 0
+        self._optimizer: Optimizer | None = None
+        self._depth = 0  # of calls of its `step`
         self._steps = 0  # optimizer steps whose jets are carried
         self._given_up = False
         self._loaded: dict[str, Any] | None = None  # from a checkpoint, until training starts
@@ -149,7 +150,7 @@ class SketchCallback(AroundTrainingStep):
         if stage == "fit":
             check_trainer(trainer, pl_module, "SketchCallback")
             refuse_averaging(trainer, "SketchCallback")
-            self._ranks = Ranks(trainer.world_size, trainer.global_rank, trainer.strategy.root_device)
+            self._ranks = Ranks.of(trainer)
             self._together(lambda: check_writable(self.dirpath) if self._ranks.is_first else None)
             self._units.ids.install(trainer)
 
@@ -166,13 +167,16 @@ class SketchCallback(AroundTrainingStep):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when optimizer and data exist: draws the directions, says the cost, begins to follow the run."""
         if self._loaded is None:
-            check_start(trainer, "SketchCallback", "resume a checkpoint that was saved with this callback, or ")
+            check_start(
+                trainer, "SketchCallback", "resume a checkpoint that was saved with this callback after a step, or "
+            )
         optimizer = check_optimizers(trainer.optimizers, pl_module, "SketchCallback")
         self._units.start(trainer)
         self._names = {p: name for name, p in pl_module.named_parameters()}
         n = self._units.num_units
         self._drawn = make_directions(self.directions, self.design, n, seed=self.seed, deletion_sets=self.deletion_sets)
         self._announce(pl_module, optimizer)
+        self._optimizer = optimizer
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._enter_step()),
             optimizer.register_step_post_hook(lambda *_: self._leave_step(trainer, pl_module)),
@@ -188,15 +192,17 @@ class SketchCallback(AroundTrainingStep):
     def state_dict(self) -> dict[str, Any]:
         """Called where a checkpoint is saved, on all processes: the coefficients so far, as tensors and primitives.
 
-        Those of all processes are in that of the first, which Lightning writes.
+        Those of all processes are in that of the first, which Lightning writes. Empty inside an optimizer step, where
+        an interruption leaves parameters and coefficients that are not of one moment.
         """
-        if not self._verified and not self._given_up:
+        if self._depth or (not self._verified and not self._given_up):
             return {}
         return {
             "version": 1,
             "run": self._run(),
             "steps": self._steps,
             "given_up": self._given_up,
+            "data_order": self._ranks.share(self._units.order),
             "blocks": list(self._ranks.collect(block.state_dict() for block in self._blocks)),
         }
 
@@ -237,6 +243,8 @@ class SketchCallback(AroundTrainingStep):
             block = self._make_block(np.array(saved["indices"], dtype=np.int64), module)
             block.load_state_dict(saved)
             self._blocks.append(block)
+        orders = state["data_order"]
+        self._units.order = orders[self._ranks.rank] if len(orders) == self._ranks.size else joint_order(orders)
         self._steps, self._given_up, self._loaded = state["steps"], state["given_up"], None
         self._verified = bool(state["blocks"])
         self._tracked.note(_tensors(module))
@@ -251,13 +259,13 @@ class SketchCallback(AroundTrainingStep):
         measurements = sum(parts * len(r) for parts, r in rows.items())
         kept = step.state(measurements, self.degree)
         sizes = {
-            parts: directions_per_pass(step, parts, self.degree, module.device, kept)
+            parts: directions_per_pass(step, parts, self.degree, module.device, kept, ranks.on_device)
             if self.directions_per_pass == "auto"
             else int(self.directions_per_pass)
             for parts in rows
         }
         counts = {parts: len(r) for parts, r in rows.items()}
-        check_memory(step, counts, sizes, self.degree, module.device, self._units.num_units)
+        check_memory(step, counts, sizes, self.degree, module.device, self._units.num_units, ranks.on_device)
         for parts, size in sizes.items():
             for start in range(0, len(rows[parts]), size):
                 yield self._make_block(rows[parts][start : start + size], module)
@@ -363,6 +371,12 @@ class SketchCallback(AroundTrainingStep):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Called before clipping and the update: copies what the update is a function of."""
+        if self._records and optimizer is not self._optimizer:
+            raise ConfigurationError(
+                f"SketchCallback: another optimizer (a {type(optimizer).__name__}) was put into `trainer.optimizers` "
+                f"before optimizer step {self._steps}, and the Taylor coefficients are of the first one's state: keep "
+                "it and change its `param_groups` (`lr`, `momentum`, `add_param_group`)."
+            )
         if self._snapshot is not None:
             raise ConfigurationError(
                 f"SketchCallback does not support {type(optimizer).__name__}, whose steps evaluate the loss more than "
@@ -379,9 +393,9 @@ class SketchCallback(AroundTrainingStep):
 
     def _leave_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Called after a step has really happened, while ``global_step`` is still that of the step."""
-        self._depth -= 1
-        if self._depth == 0:  # an optimizer's `super().step()` has hooks too
+        if self._depth == 1:  # an optimizer's `super().step()` has hooks too
             self._advance(trainer, module)
+        self._depth -= 1
 
     def _advance(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Follow the step that has just been made."""
@@ -465,6 +479,7 @@ class SketchCallback(AroundTrainingStep):
         # as the last step left them: another callback may average parameters at the end
         last = self._tracked.values
         primal = {name: last[name].cpu().contiguous() for name in _tensors(module) if name in last}
+        orders = self._ranks.share(self._units.order)
         shards = self._ranks.collect(
             Shard(block.indices, {name: c.cpu() for name, c in block.coefficients(primal).items()}, block.exponents)
             for block in self._blocks
@@ -482,6 +497,7 @@ class SketchCallback(AroundTrainingStep):
                         degree=self.degree,
                         normalization=self.weighting.normalization,
                         steps=self._steps,
+                        data_order=joint_order(orders),
                         optimizer=type(optimizer).__qualname__,
                         loss=self.weighting.name,
                         modules=module_types(module),

@@ -21,10 +21,12 @@ class _TracedBatchSampler:
     def __init__(self, batch_sampler: Any) -> None:
         self.batch_sampler = batch_sampler
         self._given: deque[tuple[int, list[int]]] = deque()
+        self._first: int | None = None  # what Lightning counts the first batch given out as
 
     def __iter__(self) -> Iterator[Any]:
         # a deque of its own for every epoch: workers may still prefetch for the last one
         given = self._given = deque()
+        self._first = None
         for i, batch in enumerate(self.batch_sampler):
             given.append((i, list(batch)))
             yield batch
@@ -37,12 +39,20 @@ class _TracedBatchSampler:
             raise AttributeError(name)
         return getattr(self.batch_sampler, name)
 
-    def take(self, batch_idx: int) -> list[int] | None:
-        """Return the rows of this batch of the epoch; forgets it and those before, which collated to ``None``."""
+    def take(self, batch_idx: int, started: int) -> list[int] | None:
+        """Return the rows of this batch of the epoch; forgets it and those before, which collated to ``None``.
+
+        Args:
+            batch_idx: Lightning's count of the batch.
+            started: how many batches of the epoch Lightning counts as started before. In an epoch that is resumed in
+                its middle the dataloader begins anew, but Lightning counts on.
+        """
+        if self._first is None:
+            self._first = started
         while self._given:
             i, rows = self._given.popleft()
-            if i >= batch_idx:
-                return rows if i == batch_idx else None
+            if self._first + i >= batch_idx:
+                return rows if self._first + i == batch_idx else None
         return None
 
 
@@ -114,7 +124,8 @@ class ExampleIds:
         loader = trainer.train_dataloader
         if self._traced is not None and loader is not self._traced[0]:  # several loaders, each processed on its own
             refuse_untraceable(loader)
-        rows = None if self._traced is None else self._traced[1].take(batch_idx)
+        started = trainer.fit_loop.epoch_loop.batch_progress.current.started
+        rows = None if self._traced is None else self._traced[1].take(batch_idx, started)
         if rows is None:
             raise ConfigurationError(
                 f'`ids="auto"` lost track of the batches (is the train dataloader unusual?): {_REMEDY}.'

@@ -131,7 +131,9 @@ def measure_step(
     return StepSize(size, state_tensors, live.peak + held, largest)
 
 
-def directions_per_pass(size: StepSize, parts: int, degree: int, device: torch.device, kept: int = 0) -> int:
+def directions_per_pass(
+    size: StepSize, parts: int, degree: int, device: torch.device, kept: int = 0, processes: int = 1
+) -> int:
     """Return how many directions keep a pass in the allocator's cache (CPU) or in half of the free memory (GPU).
 
     Args:
@@ -140,9 +142,10 @@ def directions_per_pass(size: StepSize, parts: int, degree: int, device: torch.d
         degree: highest order.
         device: where they are kept.
         kept: bytes of what is free that the coefficients of all directions will take.
+        processes: how many share what is free on the device.
     """
     if device.type == "cuda":
-        free = (available_bytes(device) or 0) - kept
+        free = (available_bytes(device) or 0) // processes - kept
         return max(1, int(_SHARE_OF_GPU * free) // size.one_pass(1, parts, degree))
     return max(1, _LARGEST_ON_CPU // (size.largest * parts * degree))
 
@@ -154,6 +157,7 @@ def check_memory(
     degree: int,
     device: torch.device,
     units: int = 0,
+    processes: int = 1,
 ) -> int:
     """Return the bytes expected at the peak.
 
@@ -164,6 +168,7 @@ def check_memory(
         degree: highest order.
         device: where they are kept.
         units: how many units the directions have.
+        processes: how many of the run share what is free on the device, each with counts like these.
 
     Raises:
         ConfigurationError: if that is more than is free, naming how many directions would fit.
@@ -180,14 +185,16 @@ def check_memory(
 
     needed = planned(counts)
     free = available_bytes(device)
-    if free is None or needed <= free:
+    if free is None or needed <= free // processes:
         return needed
+    free //= processes
     total = sum(counts.values())
     fit = bisect_right(range(total + 1), free, key=lambda fewer: planned(_in_proportion(counts, fewer))) - 1
+    each = f" for each of the {processes} processes here" if processes > 1 else ""
     passes = "a smaller `directions_per_pass`, " * (planned(counts, dict.fromkeys(per_pass, 1)) <= free)
     raise ConfigurationError(
         f"`directions`: {total} directions of degree {degree} need about {needed / 2**30:.3g} GiB, but "
-        f"{free / 2**30:.3g} GiB are free: {max(fit, 0)} would fit, or use {passes}a lower `degree`, or run "
+        f"{free / 2**30:.3g} GiB are free{each}: {max(fit, 0)} would fit, or use {passes}a lower `degree`, or run "
         "several times with other seeds and merge the sketches."
     )
 

@@ -58,12 +58,21 @@ class Ranks:
         size: how many there are.
         rank: of this one, from 0.
         device: where the tensors of this one are.
+        on_device: how many share its device; on a CPU, all those of this host.
     """
 
-    def __init__(self, size: int = 1, rank: int = 0, device: torch.device | None = None) -> None:
+    def __init__(self, size: int = 1, rank: int = 0, device: torch.device | None = None, on_device: int = 1) -> None:
         self.size = size
+        self.on_device = on_device
         self.rank = rank
         self.device = torch.device("cpu") if device is None else device
+
+    @classmethod
+    def of(cls, trainer: Any) -> Ranks:
+        """Those of a Trainer that is set up."""
+        device = trainer.strategy.root_device
+        on_device = getattr(trainer.strategy, "parallel_devices", [device]).count(device)
+        return cls(trainer.world_size, trainer.global_rank, device, on_device)
 
     @property
     def is_first(self) -> bool:

@@ -448,7 +448,7 @@ class TwoViews(Classifier):
         (Scripted, ConfigurationError, "TorchScript module `net`"),
         (ScalesLoss, FidelityError, "not the run's `p.grad` at optimizer step 0"),
         (AccumulateHook, FidelityError, r"gradient of `net\.0\.weight` in the re-run"),
-        (ReplacesOptimizer, ConfigurationError, "SketchCallback does not support SGD"),
+        (ReplacesOptimizer, ConfigurationError, r"another optimizer \(a SGD\) .* before optimizer step 3"),
         (AddsLayer, (ConfigurationError, FidelityError), "register it in `__init__`"),
         (CopiesIntoBuffer, FidelityError, "`before` was changed before optimizer step 3"),
         (ReadsMetric, FidelityError, "`training_step` again at optimizer step 0 gives loss"),

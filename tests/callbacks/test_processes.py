@@ -1,14 +1,16 @@
 """Runs of two DDP processes: the sketch is that of one process on the same global batches, and of retraining."""
 
+import hashlib
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import two_processes as script
@@ -104,6 +106,25 @@ def test_two_processes_give_the_sketch_of_one(runs: Path, tmp_path: Path) -> Non
     assert_equal(coefficients(two.dirpath), coefficients(one.dirpath), 1e-10)
 
 
+def chained(batches: Sequence[list[int]], digest: str = "") -> str:
+    for rows in batches:
+        digest = hashlib.sha256(digest.encode() + np.array(rows, dtype="<i8").tobytes()).hexdigest()
+    return digest
+
+
+def of_both(digests: Sequence[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def test_the_order_of_the_data_is_that_of_all_processes(runs: Path) -> None:
+    """Oracle: the batches of either process, chained by hand."""
+    together = Together(3)
+    batches = [rows for _ in range(2) for rows in together]
+    expected = of_both([chained([rows[:3] for rows in batches]), chained([rows[3:] for rows in batches])])
+    for case in ("same_global_batches", "again"):
+        assert Sketch.load(runs / case / "sketch").metadata["data_order"] == expected, case
+
+
 def test_every_process_carries_its_share(runs: Path) -> None:
     """Real directions 0, 2, 4 and complex ones 1, 3, spread evenly; one set of files."""
     dirpath = runs / "same_global_batches" / "sketch"
@@ -146,6 +167,8 @@ def test_the_run_is_unchanged(runs: Path, rank: int) -> None:
 def test_resumed_by_two_processes(runs: Path) -> None:
     folder = runs / "resumed"
     assert_equal(coefficients(folder / "rest"), coefficients(folder / "whole"), 0)
+    rest, whole = (Sketch.load(folder / name).metadata["data_order"] for name in ("rest", "whole"))
+    assert rest == whole
 
 
 def test_a_checkpoint_of_two_processes_is_resumed_by_one(runs: Path, tmp_path: Path) -> None:
@@ -161,6 +184,11 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(runs: Path, tmp_path: P
     train("rest", 3, start=1, checkpoint=runs / "resumed" / "first.ckpt")
     train("whole", 3)
     assert Sketch.load(tmp_path / "rest").steps == 12
+    together = Together(3)
+    first, *others = ([*together] for _ in range(3))
+    begun = of_both([chained([rows[:3] for rows in first]), chained([rows[3:] for rows in first])])
+    expected = of_both([chained([rows for epoch in others for rows in epoch], begun)])
+    assert Sketch.load(tmp_path / "rest").metadata["data_order"] == expected
     assert_equal(coefficients(tmp_path / "rest"), coefficients(tmp_path / "whole"), 1e-10)
 
 

@@ -56,6 +56,7 @@ def test_the_sketch_is_that_of_the_whole_run(run: Path, epoch: int, tmp_path: Pa
         assert torch.equal(module.state_dict()[name], value), name
     whole, resumed = Sketch.load(run / "sketch"), Sketch.load(tmp_path / "sketch")
     assert resumed.steps == whole.steps == 3 * EPOCHS
+    assert resumed.metadata["data_order"] == whole.metadata["data_order"]
     assert np.array_equal(resumed.exponents, whole.exponents)
     for a, b in zip(resumed.shards(), whole.shards(), strict=True):
         assert np.array_equal(a.indices, b.indices)

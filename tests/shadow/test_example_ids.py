@@ -88,6 +88,11 @@ class Custom(BatchSampler):
         return 4
 
 
+def without_row_0(examples: list[Any]) -> Any:
+    batch = torch.utils.data.default_collate(examples)
+    return None if 0 in batch["row"] else batch
+
+
 LOADERS = {
     "in order": {"batch_size": 4},
     "shuffled": {"batch_size": 4, "shuffle": True},
@@ -130,6 +135,24 @@ def test_rows_with_validation_inside_the_epoch_and_reloading():
     assert callback.val_samplers == {BatchSampler}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("collate", "left"), [(None, [[0, 1], [2, 3], [4, 5]]), (without_row_0, [[2, 3], [4, 5], [6, 7]])]
+)
+def test_rows_after_a_checkpoint_in_mid_epoch(workers, collate, left, tmp_path):
+    """Oracle: the rows that the batches carry; the dataloader begins anew, while Lightning counts on."""
+
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if (trainer.current_epoch, batch_idx) == (1, 2):
+                trainer.save_checkpoint(tmp_path / "mid.ckpt")
+
+    loader = DataLoader(Rows(), batch_size=2, num_workers=workers, collate_fn=collate)
+    fit(Module, [Saves()], loader, epochs=3)
+    batches = follow(loader, checkpoint=tmp_path / "mid.ckpt").batches
+    assert batches[:3] == left
+
+
 def test_rows_of_overfitted_batches():
     """Oracle: the rows that the batches carry; the same ones in every epoch."""
     batches = follow(DataLoader(Rows(), batch_size=2, shuffle=True), overfit_batches=2).batches
@@ -163,12 +186,7 @@ def test_rows_of_a_data_module():
 
 def test_batches_that_collate_to_nothing_do_not_shift_the_rows():
     """Oracle: the rows of the other batches, compared in the callback."""
-
-    def collate(examples: list[Any]) -> Any:
-        batch = torch.utils.data.default_collate(examples)
-        return None if 0 in batch["row"] else batch
-
-    callback = follow(DataLoader(Rows(), batch_size=2, shuffle=True, collate_fn=collate))
+    callback = follow(DataLoader(Rows(), batch_size=2, shuffle=True, collate_fn=without_row_0))
     assert len(callback.batches) == 3 * 5
 
 

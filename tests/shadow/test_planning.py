@@ -1,6 +1,7 @@
 """The plan of a pass: bytes of a step, directions that one pass carries, refusal before the memory is gone."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning_sketch import Sketch
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow import planning
 from lightning_sketch.shadow.planning import StepSize, check_memory, directions_per_pass
+from lightning_sketch.shadow.ranks import Ranks
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -113,6 +115,33 @@ def test_the_number_that_fits_is_that_of_the_plan(monkeypatch, counts, per_pass,
         assert check_memory(size, in_proportion(fit), passes, 2, CPU) <= free * MIB
     with pytest.raises(ConfigurationError):
         check_memory(size, in_proportion(fit + 1), passes, 2, CPU)
+
+
+def test_processes_share_what_is_free(monkeypatch):
+    """Oracle: one process, with its part of what is free."""
+    size = StepSize(trained=10 * MIB, state_tensors=2, peak=30 * MIB, largest=2 * MIB)
+    told = []
+    for free, processes in ((700, 1), (2100, 3)):
+        monkeypatch.setattr(planning, "available_bytes", lambda device, free=free: free * MIB)
+        with pytest.raises(ConfigurationError) as refusal:
+            check_memory(size, {1: 200}, {1: 7}, 2, CPU, 0, processes)
+        told.append(str(refusal.value))
+    assert told[0] == told[1].replace(" for each of the 3 processes here", "")
+    assert told[0] != told[1]
+    monkeypatch.setattr(planning, "available_bytes", lambda device: 2000 * MIB)
+    assert directions_per_pass(size, 1, 1, torch.device("cuda"), 480 * MIB, 2) == 7  # half of 520 MiB, 36 MiB each
+
+
+def test_processes_of_a_host_share_its_memory():
+    """Oracle: by hand; two hosts of three processes on CPUs, of two on GPUs of their own."""
+    cpus, gpus = [CPU] * 3, [torch.device("cuda", i) for i in range(2)]
+    for devices, rank, sharing in ((cpus, 4, 3), (gpus, 1, 1), (None, 0, 1)):
+        strategy = SimpleNamespace(root_device=CPU if devices is None else devices[rank % len(devices)])
+        if devices is not None:
+            strategy.parallel_devices = devices
+        size = 1 if devices is None else 2 * len(devices)
+        ranks = Ranks.of(SimpleNamespace(strategy=strategy, world_size=size, global_rank=rank))
+        assert (ranks.size, ranks.rank, ranks.on_device) == (size, rank, sharing)
 
 
 def test_a_run_with_the_number_that_fits_starts(tmp_path, monkeypatch):
