@@ -10,6 +10,7 @@ from lightning_sketch.errors import (
     FidelityError,
     InstabilityError,
     LightningSketchError,
+    MemoryShortageError,
     SketchError,
     UnsupportedOperatorError,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "FidelityError",
     "InstabilityError",
     "LightningSketchError",
+    "MemoryShortageError",
     "Reweight",
     "Sketch",
     "SketchCallback",

@@ -21,5 +21,9 @@ class InstabilityError(FidelityError):
     """The loss or the Taylor coefficients are not finite any more: a sketch cannot go on from there."""
 
 
+class MemoryShortageError(LightningSketchError, MemoryError):
+    """The coefficients do not fit into the device's memory any more: a sketch cannot go on from there."""
+
+
 class SketchError(LightningSketchError, RuntimeError):
     """A sketch on disk is missing, torn, altered, of another format version, or does not fit the module."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,11 +19,11 @@ from typing_extensions import override
 
 from lightning_sketch.callbacks._examples import AroundTrainingStep, joint_order
 from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design, units_checksum
-from lightning_sketch.errors import ConfigurationError, InstabilityError
-from lightning_sketch.jets.memory import give_back_freed_memory
+from lightning_sketch.errors import ConfigurationError, InstabilityError, MemoryShortageError
+from lightning_sketch.jets.memory import collect_garbage, give_back_freed_memory
 from lightning_sketch.shadow.carried import AttributeWatch
 from lightning_sketch.shadow.checks import Readings, check_update
-from lightning_sketch.shadow.jets_of_run import RunJets
+from lightning_sketch.shadow.jets_of_run import RunJets, lost_without_memory
 from lightning_sketch.shadow.planning import (
     StepSize,
     check_memory,
@@ -30,7 +32,7 @@ from lightning_sketch.shadow.planning import (
     state_bytes,
     trained_bytes,
 )
-from lightning_sketch.shadow.quiet import named_tensors, quiet
+from lightning_sketch.shadow.quiet import Start, named_tensors, quiet
 from lightning_sketch.shadow.ranks import BufferSync, Ranks
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step, share_records
 from lightning_sketch.shadow.update import Counts, OptimizerSnapshot, ask_counts, count_state_tensors
@@ -68,16 +70,18 @@ class SketchCallback(AroundTrainingStep):
             dataset.
         normalization: ``"batch"`` divides a batch's weighted losses by its size, ``"remaining"`` by the sum of weights.
         directions_per_pass: how many directions one re-run of the step carries; ``"auto"`` measures the first step and
-            keeps a pass in the allocator's cache (CPU) or in half of the free memory (GPU).
+            keeps a pass in the allocator's cache (CPU) or in half of the free memory (GPU). Where a GPU has not enough
+            memory for a pass, its directions are halved and the step is carried again.
         seed: of the random directions; two sketches of the same run with different seeds can be merged.
         every_n_train_steps: also write the sketch after every so many optimizer steps.
-        on_instability: what to do when the loss or the coefficients are not finite any more: ``"warn"`` gives up the
-            sketch and lets training go on, ``"stop"`` raises.
+        on_instability: what to do when the loss or the coefficients are not finite any more, or memory does not suffice
+            for one direction: ``"warn"`` gives up the sketch and lets training go on, ``"stop"`` raises.
 
     Raises:
         ConfigurationError: in the constructor, in ``setup`` or on the first batch, naming what is not supported.
         FidelityError: during training, if the tracked run is not the user's run.
         InstabilityError: during training, with ``on_instability="stop"``.
+        MemoryShortageError: during training, with ``on_instability="stop"``.
         UnsupportedOperatorError: on the first batch, if an operator has no Taylor rule.
     """
 
@@ -407,10 +411,12 @@ class SketchCallback(AroundTrainingStep):
             if self._ranks.size > 1:
                 records = share_records(records, self._changed(module), self._ranks)
             self._together(lambda: self._carry(trainer, module, snapshot, records))
-        except InstabilityError as error:
+        except (InstabilityError, MemoryShortageError) as error:
             if self.on_instability == "stop":
                 raise
             self._give_up(module, error)
+        if self._given_up:
+            collect_garbage()
             return
         params = {name: p for p, name in self._names.items()}
         self._tracked.note({**params, **_state(snapshot.optimizer, self._names)})
@@ -427,26 +433,62 @@ class SketchCallback(AroundTrainingStep):
         self, trainer: pl.Trainer, module: pl.LightningModule, snapshot: OptimizerSnapshot, records: list[StepRecord]
     ) -> None:
         """Carry the coefficients through one step, and read once what was asked on the way."""
-        assert self._original is not None
+        original, readings, step, done = self._original, self._readings, self._steps, 0
+        assert original is not None
 
         def clip(twin: Optimizer) -> None:
             value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
             module.configure_gradient_clipping(twin, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
 
-        readings, step = self._readings, self._steps
-        try:
-            with quiet(module, module.device) as start:
-                for block in self._blocks:
-                    params = block.advance(
-                        start, module, self._original, self.weighting, records, snapshot, clip, step, readings
-                    )
-                    check_update(params, snapshot, self._names, step, readings)
-                    del params  # with its gradients, which the next pass need not keep
-            self._counts = ask_counts(snapshot.optimizer, self._names, readings)
-        finally:  # an exception may only follow from what a reading raises
-            readings.read()
+        def carry(block: RunJets, start: Start) -> bool:
+            """Whether there was memory for it; by returning, its gradients are let go of, or those of a failed pass."""
+            mark = readings.mark()
+            try:
+                params = block.advance(start, module, original, self.weighting, records, snapshot, clip, step, readings)
+            except torch.OutOfMemoryError:
+                readings.go_back(mark)
+                return False
+            check_update(params, snapshot, self._names, step, readings)
+            return True
 
-    def _give_up(self, module: pl.LightningModule, error: InstabilityError) -> None:
+        with lost_without_memory(step):
+            try:
+                with quiet(module, module.device) as start:
+                    while done < len(self._blocks):
+                        if carry(self._blocks[done], start):
+                            done += 1
+                        else:
+                            self._halve(done)
+                self._counts = ask_counts(snapshot.optimizer, self._names, readings)
+            finally:  # an exception may only follow from what a reading raises
+                readings.read()
+
+    def _halve(self, first: int) -> None:
+        """Split the block ``first``, for which memory does not suffice, and those after it that need as much.
+
+        Raises:
+            MemoryShortageError: if it is of one direction.
+        """
+        collect_garbage()
+        _, parts, count = self._blocks[first].lead
+        if count == 1:
+            raise MemoryShortageError(
+                f"The memory of the device does not suffice to carry one direction through optimizer step "
+                f"{self._steps}: choose a lower `degree`, fewer `directions` (the coefficients of all of them stay on "
+                "the device) or a smaller batch."
+            )
+        warnings.warn(
+            f"SketchCallback: the memory of the device does not suffice to carry {count} directions through optimizer "
+            f"step {self._steps}, so they are carried in two passes from here on, which takes longer. "
+            f"`directions_per_pass={(count + 1) // 2}` would begin with that.",
+            stacklevel=2,
+        )
+        for i in reversed(range(first, len(self._blocks))):
+            _, *size = self._blocks[i].lead
+            if size[1] > 1 and size[0] * size[1] >= parts * count:
+                self._blocks[i : i + 1] = self._blocks[i].split()
+
+    def _give_up(self, module: pl.LightningModule, error: Exception) -> None:
         """Leave the run alone from here on; the optimizer's hooks stay, which do nothing without a snapshot."""
         self._give_step_back(module)
         steps = self._steps - self._steps % self.every_n_train_steps if self.every_n_train_steps else 0

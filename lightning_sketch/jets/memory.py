@@ -1,11 +1,14 @@
-"""Memory that tensors free on the CPU stays with the process: the next operator wants the same sizes."""
+"""Memory that tensors free stays with the process, since the next operator wants the same sizes; until it is short."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 from collections.abc import Callable
+
+import torch
 
 # Parameters of glibc's mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -32,6 +35,12 @@ def give_back_freed_memory() -> None:
     trim = _of_libc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def collect_garbage() -> None:
+    """Free the tensors that an exception keeps alive in cycles, and give back what CUDA has cached."""
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing happens where CUDA is not in use
 
 
 def _of_libc(name: str) -> Callable[..., int] | None:

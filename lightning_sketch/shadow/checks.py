@@ -39,6 +39,14 @@ class Readings:
         """
         self._asked.append((numbers.detach(), use))
 
+    def mark(self) -> int:
+        """Return a place for :meth:`go_back`."""
+        return len(self._asked)
+
+    def go_back(self, mark: int) -> None:
+        """Forget what has been asked for since :meth:`mark` gave ``mark``."""
+        del self._asked[mark:]
+
     def read(self) -> None:
         """Read all numbers asked for, and use them in the order of asking, up to the first that raises."""
         asked, self._asked = self._asked, []

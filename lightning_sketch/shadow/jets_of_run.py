@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_sketch.errors import InstabilityError
+from lightning_sketch.errors import InstabilityError, MemoryShortageError
 from lightning_sketch.jets.tensor import JetTensor, Lead, jet, wrap
 from lightning_sketch.shadow import update
 from lightning_sketch.shadow.checks import Readings, check_gradients, check_loss
@@ -123,28 +125,71 @@ class RunJets:
 
         Returns:
             The parameters after the step.
+
+        Raises:
+            torch.OutOfMemoryError: if nothing has changed, so that the step may be repeated.
+            MemoryShortageError: if the coefficients are lost, since some have changed already.
         """
-        self._hand_over(snapshot.params.keys())
-        params = {
-            name: wrap(value.clone(), [self.params.get(name)], self.lead, requires_grad=name in snapshot.trainable)
-            for name, value in snapshot.params.items()
-        }
-        gradients: dict[str, JetTensor | None] = dict.fromkeys(params)
-        for record in records:
-            self._add_gradient(start, gradients, module, training_step, weighting, record, params, step, readings)
-        check_gradients(gradients, snapshot.gradients, step, readings)
-        theirs = {name: self._as_in_run(gradients.pop(name), g) for name, g in snapshot.gradients.items()}
+        with self._unchanged_without_memory():
+            self._hand_over(snapshot.params.keys())
+            self.buffers = [_copies(blocks) for blocks in self.buffers]  # which the step may change in place
+            params = {
+                name: wrap(value.clone(), [self.params.get(name)], self.lead, requires_grad=name in snapshot.trainable)
+                for name, value in snapshot.params.items()
+            }
+            gradients: dict[str, JetTensor | None] = dict.fromkeys(params)
+            for record in records:
+                self._add_gradient(start, gradients, module, training_step, weighting, record, params, step, readings)
+            check_gradients(gradients, snapshot.gradients, step, readings)
+            theirs = {name: self._as_in_run(gradients.pop(name), g) for name, g in snapshot.gradients.items()}
+            update.reserve(snapshot, params, self.state, self.lead)
 
         def make_step() -> StateBlocks:
             return update.step(snapshot, params, theirs, self.state, self.lead, clip)
 
-        start(snapshot.random_state, snapshot.module_state)
-        # An override of `configure_gradient_clipping` may clip the parameters of the module
-        of_module = snapshot.module_state is not None
-        self.state = call_with_tensors(module, dict(params), make_step) if of_module else make_step()
-        self.params.update({name: p.block for name, p in params.items()})
-        self._watch(step, readings)
+        with lost_without_memory(step):
+            start(snapshot.random_state, snapshot.module_state)
+            # An override of `configure_gradient_clipping` may clip the parameters of the module
+            of_module = snapshot.module_state is not None
+            self.state = call_with_tensors(module, dict(params), make_step) if of_module else make_step()
+            self.params.update({name: p.block for name, p in params.items()})
+            self._watch(step, readings)
         return params
+
+    @contextmanager
+    def _unchanged_without_memory(self) -> Iterator[None]:
+        """Within, blocks may be replaced but not changed: all are what they were where memory does not suffice."""
+        before = self.params, self.buffers, self._carried
+        self.params, self.buffers = dict(self.params), [dict(blocks) for blocks in self.buffers]
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.params, self.buffers, self._carried = before
+            raise
+
+    def split(self) -> tuple[RunJets, RunJets]:
+        """Return the first and the second half of at least two directions, and keep nothing.
+
+        No more than the coefficients of one tensor exist twice at a time.
+        """
+        middle = len(self.indices) // 2
+        halves = copy.copy(self), copy.copy(self)
+        chosen = slice(None, middle), slice(middle, None)
+        for half, rows in zip(halves, chosen, strict=True):
+            half.indices, half.exponents = self.indices[rows], self.exponents[rows]
+            half.psi = self.psi[:, rows].clone()
+            half.lead = (*self.lead[:2], len(half.indices))
+            half.params, half.buffers, half.state = {}, [{} for _ in self.buffers], {}
+        for mine, *theirs in zip(self._tracked(), *(half._tracked() for half in halves), strict=True):
+            for name in list(mine):
+                block = mine.pop(name)
+                for blocks, rows in zip(theirs, chosen, strict=True):  # a clone keeps the memory order
+                    blocks[name] = None if block is None else block[:, :, rows].clone()
+        return halves
+
+    def _tracked(self) -> tuple[dict[Any, Tensor | None], ...]:
+        """Everything that has coefficients, by name."""
+        return self.params, *self.buffers, self.state
 
     def _hand_over(self, held: Set[str]) -> None:
         """Follow parameters that enter the optimizer (a layer that is unfrozen) or leave it."""
@@ -160,7 +205,7 @@ class RunJets:
     def _synchronize_buffers(self) -> None:
         """Give all processes the buffers of the first."""
         for rank in range(1, len(self.buffers)):
-            self.buffers[rank] = {name: _copied(block) for name, block in self.buffers[0].items()}
+            self.buffers[rank] = _copies(self.buffers[0])
 
     def _as_in_run(self, gradient: JetTensor | None, of_run: Tensor | None) -> JetTensor | None:
         """The gradient with order 0 as in the run, to the last bit, in memory of its own: clipping works in place."""
@@ -238,8 +283,7 @@ class RunJets:
         if not shift.any():
             return
         self._shift(shift)
-        tracked: tuple[dict[Any, Tensor | None], ...] = (self.params, *self.buffers, self.state)
-        for blocks in tracked:
+        for blocks in self._tracked():
             for name, block in blocks.items():
                 blocks[name] = None if block is None else scale_orders(block, shift)
 
@@ -264,5 +308,25 @@ class RunJets:
         return {name: b.contiguous() for name, b in found.items() if b is not None and name in tensors}
 
 
+@contextmanager
+def lost_without_memory(step: int) -> Iterator[None]:
+    """Within, optimizer step ``step`` cannot be repeated: where memory does not suffice, coefficients are lost.
+
+    Raises:
+        MemoryShortageError: instead of :class:`torch.OutOfMemoryError`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryShortageError(
+            f"The device ran out of memory while the Taylor coefficients were changed at optimizer step {step}, which "
+            "cannot be repeated: choose a smaller `directions_per_pass`, fewer `directions` or a lower `degree`."
+        ) from error
+
+
 def _copied(block: Tensor | None) -> Tensor | None:
     return None if block is None else block.clone()
+
+
+def _copies(blocks: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: _copied(block) for name, block in blocks.items()}
