@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import FEATURES, Classifier, data, fit, network
+from helpers import FEATURES, Classifier, data, fit, network, overflowing, scaled
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -79,6 +79,15 @@ class Difficult(Classifier):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
 
 
+class Overflows(Difficult):
+    """In one batch of each epoch scaled gradients of the second process overflow, so that both skip the step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        x, y = batch["x"].transpose(0, 1), batch["y"]
+        logits = self.net(x + 0.1 * torch.rand_like(x))
+        return {"loss": F.cross_entropy(overflowing(logits) if batch["rank"] and batch_idx == 1 else logits, y)}
+
+
 class Uneven:
     """Batch sampler of one process: the last of its batches is smaller on the second."""
 
@@ -96,17 +105,17 @@ class Uneven:
 
 def transposed(examples: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     x, y = (torch.stack(part) for part in zip(*examples, strict=True))
-    return {"x": x.t().contiguous(), "y": y, "names": ["of examples"] * len(y)}
+    return {"x": x.t().contiguous(), "y": y, "names": ["of examples"] * len(y), "rank": RANK}
 
 
 def uneven() -> DataLoader:
     return DataLoader(data(EXAMPLES), batch_sampler=Uneven(), collate_fn=transposed)
 
 
-def difficult(callbacks: list[pl.Callback], **options: Any) -> pl.LightningModule:
+def difficult(callbacks: list[pl.Callback], kind: type[Difficult] = Difficult, **options: Any) -> pl.LightningModule:
     given = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "val_check_interval": 2, **DDP, **options}
     val = DataLoader(data(8, seed=5), 4, collate_fn=transposed)
-    return fit(Difficult, callbacks, uneven(), val=val, epochs=3, use_distributed_sampler=False, **given)[0]
+    return fit(kind, callbacks, uneven(), val=val, epochs=3, use_distributed_sampler=False, **given)[0]
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -136,6 +145,15 @@ def against_retraining(folder: Path) -> None:
         runs = [difficult([Reweight(weights=list(x * STEP * direction))]) for x in (1, -1)]
         plus, minus = map(tensors, runs)
         torch.save({n: (t - minus[n]) / (2 * STEP) for n, t in plus.items()}, folder / f"difference-{RANK}-{k}.pt")
+
+
+def skipped_steps(folder: Path) -> None:
+    psi = directions(1).real
+    options: dict[str, Any] = {"kind": Overflows, "accumulate_grad_batches": 1}
+    difficult([SketchCallback(folder / "sketch", psi, 2)], **options, **scaled())
+    runs = [difficult([Reweight(weights=list(x * STEP * psi[0]))], **options, **scaled()) for x in (1, -1)]
+    plus, minus = map(tensors, runs)
+    torch.save({n: (t - minus[n]) / (2 * STEP) for n, t in plus.items()}, folder / f"difference-{RANK}-0.pt")
 
 
 def unchanged_run(folder: Path) -> None:
@@ -250,6 +268,7 @@ CASES = [
     same_global_batches,
     again,
     against_retraining,
+    skipped_steps,
     unchanged_run,
     resumed,
     fewer_directions_than_processes,

@@ -56,6 +56,10 @@ class SketchCallback(AroundTrainingStep):
     to sketch a learning algorithm*). The run itself is left alone: parameters, optimizer state, logs, metrics and
     random numbers are bit-identical. At the end of training the sketch is written to ``dirpath``.
 
+    Under ``precision="16-mixed"`` coefficients are kept in float32. A step that the loss scaler skips is skipped, too:
+    its loss need not be finite, and only what its batches leave in buffers and attributes is followed. Every
+    counterfactual skips the steps of the run, though a retraining might skip others.
+
     Args:
         dirpath: directory that the sketch is written to.
         directions: number of random directions, or an explicit array ``(K, n)``, real or complex.
@@ -174,7 +178,7 @@ class SketchCallback(AroundTrainingStep):
             check_start(
                 trainer, "SketchCallback", "resume a checkpoint that was saved with this callback after a step, or "
             )
-        optimizer = check_optimizers(trainer.optimizers, pl_module, "SketchCallback")
+        optimizer = check_optimizers(trainer.optimizers, pl_module, "SketchCallback", _scaler(trainer))
         self._units.start(trainer)
         self._names = {p: name for name, p in pl_module.named_parameters()}
         n = self._units.num_units
@@ -350,6 +354,10 @@ class SketchCallback(AroundTrainingStep):
         if self._pending is None:
             return
         self._tracked.note(_outside(trainer.optimizers[0], _tensors(pl_module)))
+        scaler = _scaler(trainer)
+        if scaler is not None:  # a gradient is the mean over processes, as ours is by division of the loss
+            count = torch.full((), self._ranks.size, dtype=torch.float32, device=pl_module.device)
+            self._pending.loss_scale = scaler.scale(count)
         self._records.append(self._pending)
         if not self._verified:  # the first batch
             record = self._pending
@@ -401,28 +409,46 @@ class SketchCallback(AroundTrainingStep):
             self._advance(trainer, module)
         self._depth -= 1
 
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called when a batch is done: follows a step that was announced but, by a loss scaler, not made."""
+        if self._snapshot is not None and _scaler(trainer) is not None:
+            self._follow(pl_module, lambda snapshot, records: self._skip(pl_module, snapshot, records))
+
     def _advance(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Follow the step that has just been made."""
-        snapshot, records = self._snapshot, self._records
-        self._snapshot, self._records, self._counts = None, [], {}
+        self._counts = {}
+        snapshot = self._follow(module, lambda snapshot, records: self._carry(trainer, module, snapshot, records))
         if snapshot is None:
-            return
-        try:
-            if self._ranks.size > 1:
-                records = share_records(records, self._changed(module), self._ranks)
-            self._together(lambda: self._carry(trainer, module, snapshot, records))
-        except (InstabilityError, MemoryShortageError) as error:
-            if self.on_instability == "stop":
-                raise
-            self._give_up(module, error)
-        if self._given_up:
-            collect_garbage()
             return
         params = {name: p for p, name in self._names.items()}
         self._tracked.note({**params, **_state(snapshot.optimizer, self._names)})
         self._steps += 1
         if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
             self._write(module, snapshot.optimizer)
+
+    def _follow(
+        self, module: pl.LightningModule, carry: Callable[[OptimizerSnapshot, list[StepRecord]], None]
+    ) -> OptimizerSnapshot | None:
+        """Give ``carry`` what was recorded of the step; return it if there is any, and a sketch still."""
+        snapshot, records = self._snapshot, self._records
+        self._snapshot, self._records = None, []
+        if snapshot is None:
+            return None
+        try:
+            if self._ranks.size > 1:
+                records = share_records(records, self._changed(module), self._ranks)
+            self._together(lambda: carry(snapshot, records))
+        except (InstabilityError, MemoryShortageError) as error:
+            if self.on_instability == "stop":
+                raise
+            self._give_up(module, error)
+        if self._given_up:
+            collect_garbage()
+            return None
+        return snapshot
 
     def _changed(self, module: pl.LightningModule) -> set[str]:
         """Names of the tensors that are not as all processes began with them."""
@@ -432,36 +458,57 @@ class SketchCallback(AroundTrainingStep):
     def _carry(
         self, trainer: pl.Trainer, module: pl.LightningModule, snapshot: OptimizerSnapshot, records: list[StepRecord]
     ) -> None:
-        """Carry the coefficients through one step, and read once what was asked on the way."""
-        original, readings, step, done = self._original, self._readings, self._steps, 0
+        """Carry the coefficients through one step."""
+        original, readings, step = self._original, self._readings, self._steps
         assert original is not None
 
         def clip(twin: Optimizer) -> None:
             value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
             module.configure_gradient_clipping(twin, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
 
-        def carry(block: RunJets, start: Start) -> bool:
+        def advance(block: RunJets, start: Start) -> None:
+            params = block.advance(start, module, original, self.weighting, records, snapshot, clip, step, readings)
+            with lost_without_memory(step):
+                check_update(params, snapshot, self._names, step, readings)
+
+        self._counts = ask_counts(snapshot.optimizer, self._names, readings)
+        self._in_passes(module, advance)
+
+    def _skip(self, module: pl.LightningModule, snapshot: OptimizerSnapshot, records: list[StepRecord]) -> None:
+        """Carry the coefficients through a step without an update."""
+        original = self._original
+        assert original is not None
+        self._tracked.check(named_tensors(module)[0], self._steps, self._readings)
+        self._in_passes(
+            module, lambda block, start: block.skip(start, module, original, self.weighting, records, snapshot)
+        )
+
+    def _in_passes(self, module: pl.LightningModule, carry: Callable[[RunJets, Start], None]) -> None:
+        """Call ``carry`` for every block, with fewer directions where memory does not suffice; read what was asked."""
+        readings, done = self._readings, 0
+
+        def fits(block: RunJets, start: Start) -> bool:
             """Whether there was memory for it; by returning, its gradients are let go of, or those of a failed pass."""
             mark = readings.mark()
             try:
-                params = block.advance(start, module, original, self.weighting, records, snapshot, clip, step, readings)
+                carry(block, start)
             except torch.OutOfMemoryError:
                 readings.go_back(mark)
                 return False
-            check_update(params, snapshot, self._names, step, readings)
             return True
 
-        with lost_without_memory(step):
+        with lost_without_memory(self._steps):
             try:
                 with quiet(module, module.device) as start:
                     while done < len(self._blocks):
-                        if carry(self._blocks[done], start):
+                        if fits(self._blocks[done], start):
                             done += 1
                         else:
                             self._halve(done)
-                self._counts = ask_counts(snapshot.optimizer, self._names, readings)
-            finally:  # an exception may only follow from what a reading raises
-                readings.read()
+            except Exception:
+                readings.read()  # whose errors come first: this one may only follow from them
+                raise
+            readings.read()
 
     def _halve(self, first: int) -> None:
         """Split the block ``first``, for which memory does not suffice, and those after it that need as much.
@@ -559,6 +606,10 @@ class SketchCallback(AroundTrainingStep):
         self._sync.remove()
         self._forget()
         give_back_freed_memory()
+
+
+def _scaler(trainer: pl.Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _tensors(module: pl.LightningModule) -> dict[str, Tensor]:

@@ -18,7 +18,16 @@ from torch._ops import OpOverload
 from torch.utils._mode_utils import no_dispatch
 
 from lightning_sketch.errors import ConfigurationError, UnsupportedOperatorError
-from lightning_sketch.jets.tensor import JetTensor, Lead, arrange, block_of, constant, jet, primal_of
+from lightning_sketch.jets.tensor import (
+    JetTensor,
+    Lead,
+    arrange,
+    block_of,
+    coefficient_dtype,
+    constant,
+    jet,
+    primal_of,
+)
 
 Rule = Callable[..., Any]
 F = TypeVar("F", bound=Rule)
@@ -163,7 +172,8 @@ def _skip_constants(op: OpOverload, rule: Rule) -> Rule:
     """Where no argument varies, run the operator itself: dropout masks and factories cost nothing."""
     rule = _watched(op, rule)
     draws = torch.Tag.nondeterministic_seeded in op.tags and op is not _FLASH_ATTENTION  # must not draw twice
-    exact, exact_in_full = op in _EXACT or draws, op in _EXACT_IN_FULL
+    direct = draws or op is torch.ops.aten._to_copy.default
+    exact, exact_in_full = op in _EXACT, op in _EXACT_IN_FULL
 
     def pure_rule(*args: Any, **kwargs: Any) -> Any:
         if not varies((*args, *kwargs.values())):
@@ -172,7 +182,9 @@ def _skip_constants(op: OpOverload, rule: Rule) -> Rule:
         if any(d.is_complex for d in dtypes):
             return _complex_rule_of(op)(*args, **kwargs)
         low = not dtypes.isdisjoint(LOW_PRECISION)
-        return rule(*args, **kwargs) if exact or (exact_in_full and not low) else _carry(op, rule, low, args, kwargs)
+        if direct or (exact and torch.float16 not in dtypes) or (exact_in_full and not low):
+            return rule(*args, **kwargs)
+        return _carry(op, rule, low, args, kwargs)
 
     return pure_rule
 
@@ -184,8 +196,8 @@ LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
 def _carry(op: OpOverload, rule: Rule, low: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply a rule; the primal is always the kernel's own, to the last bit.
 
-    In low precision the coefficients are computed in float32 too, and rounded once per operator: matrix products
-    excepted, which are what low precision is for, and whose kernels accumulate in float32.
+    In low precision the coefficients are computed in float32 too, and those of bfloat16 are rounded once per operator:
+    its matrix products excepted, which are what low precision is for, and whose kernels accumulate in float32.
     """
     written = {i: args[i] for i in _WRITTEN.get(op, ()) if i < len(args) and type(args[i]) is JetTensor}
     primals = [y.clone() if i in written else y for i, y in enumerate(_primals(args))]
@@ -208,6 +220,7 @@ def _overloads(names: str) -> frozenset[OpOverload]:
 
 
 # Rules whose primal is the kernel's in any case: products, what rounds once or not at all, and what chooses a kernel.
+# In float16, whose coefficients are in float32, the factors of products must be, too.
 _EXACT = _overloads(
     "mm bmm addmm baddbmm convolution convolution_backward clone neg cat stack embedding index_select _to_copy "
     "_use_cudnn_ctc_loss _use_cudnn_ctc_loss.Tensor"
@@ -403,10 +416,14 @@ def write_block(target: JetTensor, block: Tensor | None, *, fresh: bool) -> None
     if block is None:
         if target.block is not None:
             target.block.zero_()
-    elif target.block is None and fresh and block.shape[3:] == target.shape and block.dtype == target.dtype:
+    elif target.block is None and fresh and _fits(block, target):
         target._cell[0] = arrange(block, target.primal)
     else:
         target.coefficients.copy_(block)
+
+
+def _fits(block: Tensor, target: JetTensor) -> bool:
+    return block.shape[3:] == target.shape and block.dtype == coefficient_dtype(target.dtype)
 
 
 def varies(args: Any) -> bool:

@@ -18,6 +18,16 @@ from lightning_sketch.jets.memory import keep_freed_memory
 
 Lead = tuple[int, int, int]
 
+_WIDER = {torch.float16: torch.float32, torch.complex32: torch.complex64}
+
+
+def coefficient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the coefficients of values of ``dtype``.
+
+    It is the same, but for half precision, whose exponents hold neither high orders nor those of scaled losses.
+    """
+    return _WIDER.get(dtype, dtype)
+
 
 class JetTensor(torch.Tensor):
     """A real tensor (the primal) with the Taylor coefficients ``1..R`` of its value along ``K`` directions.
@@ -26,8 +36,9 @@ class JetTensor(torch.Tensor):
 
     Args:
         primal: the value at the expansion point, floating point, shape ``S``.
-        coefficients: orders ``1..R``, shape ``(R, P, K, *S)``, dtype and device of ``primal``; ``P = 2`` holds real and
-            imaginary parts of complex coefficients, ``P = 1`` real ones (all directions real).
+        coefficients: orders ``1..R``, shape ``(R, P, K, *S)``, dtype and device of ``primal``, float32 where that is
+            float16; ``P = 2`` holds real and imaginary parts of complex coefficients, ``P = 1`` real ones (all
+            directions real).
         requires_grad: whether autograd records operations on this tensor.
 
     Raises:
@@ -135,10 +146,11 @@ def _validate(primal: Tensor, coefficients: Tensor) -> None:
         raise ConfigurationError(
             f"`coefficients` must have at least one order and P = 1 or 2 but has shape {tuple(coefficients.shape)}."
         )
-    if coefficients.dtype != primal.dtype or coefficients.device != primal.device:
+    dtype = coefficient_dtype(primal.dtype)
+    if coefficients.dtype != dtype or coefficients.device != primal.device:
         raise ConfigurationError(
-            f"`coefficients` must have dtype and device of `primal` ({primal.dtype}, {primal.device}) "
-            f"but has {coefficients.dtype}, {coefficients.device}."
+            f"`coefficients` must have dtype and device of `primal` ({primal.dtype}, {primal.device}; float32 for "
+            f"float16) but has {coefficients.dtype}, {coefficients.device}."
         )
 
 
@@ -167,15 +179,16 @@ def wrap(primal: Tensor, cell: list[Tensor | None], lead: Lead, requires_grad: b
 
 
 def jet(primal: Tensor, block: Tensor | None, lead: Lead) -> JetTensor:
-    """Make a JetTensor of a fresh operator result; the coefficients take the primal's dtype and memory order."""
+    """Make a JetTensor of a fresh operator result; the coefficients take dtype and memory order from the primal."""
     if not primal.dtype.is_floating_point and not primal.dtype.is_complex:
         raise UnsupportedOperatorError(
             f"A value that depends on the weights became {primal.dtype}, but jets are of floating-point values: leave "
             "it in floating point, or compute it from `detach()`ed values."
         )
     if block is not None:
-        if block.dtype != primal.dtype:
-            block = block.to(primal.dtype)
+        dtype = coefficient_dtype(primal.dtype)
+        if block.dtype != dtype:
+            block = block.to(dtype)
         block = arrange(block, primal)
     return wrap(primal, [block], lead)
 
@@ -237,5 +250,5 @@ def _is_dense(primal: Tensor) -> bool:
 def like_layout(primal: Tensor, lead: Lead, factory: Callable[..., Tensor]) -> Tensor:
     """A block ``(R, P, K, *S)`` whose trailing strides are those of the primal, with its gaps and overlaps."""
     span = 1 + sum((n - 1) * s for n, s in zip(primal.shape, primal.stride(), strict=True)) if primal.numel() else 0
-    flat = factory(*lead, span, dtype=primal.dtype, device=primal.device)
+    flat = factory(*lead, span, dtype=coefficient_dtype(primal.dtype), device=primal.device)
     return flat.as_strided((*lead, *primal.shape), (*flat.stride()[:3], *primal.stride()))

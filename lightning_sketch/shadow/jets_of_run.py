@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sketch.errors import InstabilityError, MemoryShortageError
-from lightning_sketch.jets.tensor import JetTensor, Lead, jet, wrap
+from lightning_sketch.jets.tensor import JetTensor, Lead, coefficient_dtype, jet, wrap
 from lightning_sketch.shadow import update
 from lightning_sketch.shadow.checks import Readings, check_gradients, check_loss
 from lightning_sketch.shadow.quiet import Start
@@ -34,7 +34,7 @@ class RunJets:
         indices: which rows of the sketch's directions these are, ``(k,)``.
         directions: the rows, complex ``(k, n)``; real if all their imaginary parts vanish.
         degree: highest order ``R``.
-        dtype: dtype of the coefficients.
+        dtype: dtype of the parameters.
         device: where they are kept.
         ranks: of how many processes micro-batches come, each with buffers of its own.
     """
@@ -53,7 +53,7 @@ class RunJets:
         self.indices = indices
         self.exponents = exponents_of(directions)
         psi = np.ldexp(parts, self.exponents[:, None])
-        self.psi = torch.as_tensor(psi).to(device, dtype)  # 2^e psi, (P, k, n)
+        self.psi = torch.as_tensor(psi).to(device, coefficient_dtype(dtype))  # 2^e psi, (P, k, n)
         self.lead: Lead = (degree, len(parts), len(indices))
         self.params: dict[str, Tensor | None] = {}
         self.buffers: list[dict[str, Tensor | None]] = [{} for _ in range(ranks)]
@@ -131,15 +131,8 @@ class RunJets:
             MemoryShortageError: if the coefficients are lost, since some have changed already.
         """
         with self._unchanged_without_memory():
-            self._hand_over(snapshot.params.keys())
-            self.buffers = [_copies(blocks) for blocks in self.buffers]  # which the step may change in place
-            params = {
-                name: wrap(value.clone(), [self.params.get(name)], self.lead, requires_grad=name in snapshot.trainable)
-                for name, value in snapshot.params.items()
-            }
-            gradients: dict[str, JetTensor | None] = dict.fromkeys(params)
-            for record in records:
-                self._add_gradient(start, gradients, module, training_step, weighting, record, params, step, readings)
+            params = self._parameters(snapshot)
+            gradients = self._gradients(start, module, training_step, weighting, records, params, step, readings)
             check_gradients(gradients, snapshot.gradients, step, readings)
             theirs = {name: self._as_in_run(gradients.pop(name), g) for name, g in snapshot.gradients.items()}
             update.reserve(snapshot, params, self.state, self.lead)
@@ -156,6 +149,35 @@ class RunJets:
             self._watch(step, readings)
         return params
 
+    def skip(
+        self,
+        start: Start,
+        module: Any,
+        training_step: Callable[..., Any],
+        weighting: LossWeighting,
+        records: Sequence[StepRecord],
+        snapshot: OptimizerSnapshot,
+    ) -> None:
+        """Carry the coefficients through a step without an update, because a loss scaler found gradients not finite.
+
+        Only those of buffers and attributes change. Nothing is compared with the user's run: neither loss nor gradients
+        need be finite.
+
+        Args:
+            start: what :func:`quiet` yields.
+            module: the user's LightningModule.
+            training_step: its unwrapped training step.
+            weighting: how weights enter the loss.
+            records: the micro-batches of the step, in order, by rank within each.
+            snapshot: the user's optimizer where its step would have been.
+
+        Raises:
+            torch.OutOfMemoryError: nothing has changed, so that the step may be repeated.
+        """
+        with self._unchanged_without_memory():
+            params, unread = self._parameters(snapshot), Readings()
+            self._gradients(start, module, training_step, weighting, records, params, 0, unread)
+
     @contextmanager
     def _unchanged_without_memory(self) -> Iterator[None]:
         """Within, blocks may be replaced but not changed: all are what they were where memory does not suffice."""
@@ -166,6 +188,37 @@ class RunJets:
         except torch.OutOfMemoryError:
             self.params, self.buffers, self._carried = before
             raise
+
+    def _parameters(self, snapshot: OptimizerSnapshot) -> dict[str, JetTensor]:
+        """The parameters before the step."""
+        self._hand_over(snapshot.params.keys())
+        return {
+            name: wrap(value.clone(), [self.params.get(name)], self.lead, requires_grad=name in snapshot.trainable)
+            for name, value in snapshot.params.items()
+        }
+
+    def _gradients(
+        self,
+        start: Start,
+        module: Any,
+        training_step: Callable[..., Any],
+        weighting: LossWeighting,
+        records: Sequence[StepRecord],
+        params: dict[str, JetTensor],
+        step: int,
+        readings: Readings,
+    ) -> dict[str, JetTensor | None]:
+        """The gradients of the step, of all its micro-batches; buffers advance with them."""
+        self.buffers = [_copies(blocks) for blocks in self.buffers]  # which the step may change in place
+        gradients: dict[str, JetTensor | None] = dict.fromkeys(params)
+        for record in records:
+            self._add_gradient(start, gradients, module, training_step, weighting, record, params, step, readings)
+        scale = records[0].loss_scale
+        if scale is not None:
+            inverse = scale.double().reciprocal().float()  # as the scaler computes it
+            for name, g in gradients.items():
+                gradients[name] = None if g is None else g * inverse  # type: ignore[assignment]
+        return gradients
 
     def split(self) -> tuple[RunJets, RunJets]:
         """Return the first and the second half of at least two directions, and keep nothing.
@@ -242,6 +295,8 @@ class RunJets:
             check_loss(loss, record.loss, step, readings)
             if record.accumulate != 1:
                 loss = loss / record.accumulate
+            if record.loss_scale is not None:
+                loss = loss * record.loss_scale
             return torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
 
         found, self._carried = replay(

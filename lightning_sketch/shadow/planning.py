@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.jets.tensor import coefficient_dtype
 from lightning_sketch.shadow.quiet import quiet
 from lightning_sketch.shadow.record import StepRecord, Weighting, replay
 
@@ -65,7 +66,7 @@ class StepSize:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Within, follows the bytes of the tensors that operators make, until they are freed."""
+    """Within, follows the bytes of the tensors that operators make, as if in the dtype of coefficients, until freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +89,8 @@ class _LiveBytes(TorchDispatchMode):
             storage = t.untyped_storage()
             key = storage._cdata
             if key not in self._sizes:
-                size = storage.nbytes() if new else 0  # what was there before costs nothing
+                widening = coefficient_dtype(t.dtype).itemsize // t.dtype.itemsize
+                size = storage.nbytes() * widening if new else 0  # what was there before costs nothing
                 self._sizes[key] = size
                 self._now += size
                 self.largest = max(self.largest, size)

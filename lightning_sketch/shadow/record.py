@@ -44,6 +44,8 @@ class StepRecord:
         left: attributes in which it left tensors, as owner and name.
         rank: of the process that it was on.
         synchronized: whether the buffers of the first process had been given to all since the micro-batch before.
+        loss_scale: what the loss is multiplied by for the backward pass, after division by ``accumulate``, and its
+            gradients are divided by for the update; float32, ``()``, ``None`` without a loss scaler.
     """
 
     args: tuple[Any, ...]
@@ -57,6 +59,7 @@ class StepRecord:
     left: Sequence[tuple[nn.Module, str]] = ()
     rank: int = 0
     synchronized: bool = False
+    loss_scale: Tensor | None = None
 
     def ones_like(self, params: Mapping[str, Tensor]) -> Tensor:
         """Weights of one for every example, in the dtype and on the device of the parameters."""

@@ -83,8 +83,8 @@ def check_trainer(trainer: Any, module: Any, who: str) -> None:
             "SyncBatchNorm, whose statistics are of the batches of all processes (use BatchNorm with "
             "`sync_batchnorm=False`, or GroupNorm)"
         )
-    if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
-        problems.append(f"precision {trainer.precision!r} (use '32-true', '64-true' or 'bf16-mixed')")
+    if trainer.precision not in ("32-true", "64-true", "16-mixed", "bf16-mixed"):
+        problems.append(f"precision {trainer.precision!r} (use '32-true', '64-true', 'bf16-mixed' or '16-mixed')")
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         problems.append("`training_step(dataloader_iter)` (take `batch` instead)")
     scripted = next((name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
@@ -138,12 +138,12 @@ def check_start(trainer: Any, who: str, remedy: str = "") -> None:
         )
 
 
-def check_optimizers(optimizers: list[Optimizer], module: Any, who: str) -> Optimizer:
+def check_optimizers(optimizers: list[Optimizer], module: Any, who: str, scaler: Any = None) -> Optimizer:
     """Return the one optimizer.
 
     Raises:
         ConfigurationError: if there are none or several, it is spread over processes, it evaluates the loss more than
-            once a step, or it holds parameters that are not the module's.
+            once a step, it does the work of the loss ``scaler``, or it holds parameters that are not the module's.
     """
     if len(optimizers) != 1:
         raise ConfigurationError(
@@ -158,6 +158,11 @@ def check_optimizers(optimizers: list[Optimizer], module: Any, who: str) -> Opti
     if isinstance(optimizers[0], LBFGS):
         raise ConfigurationError(
             f"{who} does not support LBFGS, whose steps evaluate the loss many times: use StableAdamW or SGD."
+        )
+    if scaler is not None and getattr(optimizers[0], "_step_supports_amp_scaling", False):
+        raise ConfigurationError(
+            f"{who} with precision '16-mixed' does not support {type(optimizers[0]).__name__} with `fused=True`, which "
+            "unscales gradients and skips steps inside its kernel: use `fused=False`."
         )
     held = [p for group in optimizers[0].param_groups for p in group["params"]]
     if not held:  # what Lightning puts in the place of none

@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 from lightning_sketch.jets import JetTensor
+from lightning_sketch.jets.tensor import coefficient_dtype
 
 from .test_databases import COMMON, name_of
 
 EPS = torch.finfo(torch.bfloat16).eps
+LOW = [torch.bfloat16, torch.float16]
 DEGREE = 3
 
 
@@ -92,10 +94,10 @@ def state_of(net: nn.Module, blocks: dict[str, Tensor] | None, dtype: torch.dtyp
     return state
 
 
-def run(net: nn.Module, state: dict[str, Any], x: Tensor, autocast: bool) -> dict[str, Any]:
+def run(net: nn.Module, state: dict[str, Any], x: Tensor, autocast: torch.dtype | None = None) -> dict[str, Any]:
     """Output, loss, gradients and what is left in the buffers."""
     torch.manual_seed(1)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
         out = torch.func.functional_call(net, state, (x,))
         loss = F.cross_entropy(out, TARGET)
     names = [n for n, p in state.items() if p.requires_grad]
@@ -105,13 +107,14 @@ def run(net: nn.Module, state: dict[str, Any], x: Tensor, autocast: bool) -> dic
     return {n: y.detach() for n, y in {**found, **buffers}.items()}
 
 
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("name", NETS)
-def test_order_0_is_the_plain_run(name):
+def test_order_0_is_the_plain_run(name, dtype):
     """Oracle: plain torch under autocast, bit by bit, forward and backward."""
     net, x, blocks = make(name)
-    plain = run(net, state_of(net, None), x, autocast=True)
-    ours = run(net, state_of(net, blocks), x, autocast=True)
-    assert plain["output"].dtype == torch.bfloat16
+    plain = run(net, state_of(net, None), x, dtype)
+    ours = run(net, state_of(net, blocks), x, dtype)
+    assert plain["output"].dtype == dtype
     for key, expected in plain.items():
         value = ours[key].primal if isinstance(ours[key], JetTensor) else ours[key]
         torch.testing.assert_close(value, expected, rtol=0, atol=0, msg=f"{key} differs")
@@ -121,34 +124,37 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("name", NETS)
-def test_coefficients_are_as_exact_as_the_precision(name):
+def test_coefficients_are_as_exact_as_the_precision(name, dtype):
     """Oracle: the same jets in float64, without autocast; those of the plain run's gradients are 0.8 to 1.2 eps."""
     net, x, blocks = make(name)
-    ours = run(net, state_of(net, blocks), x, autocast=True)
-    exact = run(net.double(), state_of(net, blocks, torch.float64), x.double(), autocast=False)
+    eps = torch.finfo(dtype).eps
+    ours = run(net, state_of(net, blocks), x, dtype)
+    exact = run(net.double(), state_of(net, blocks, torch.float64), x.double())
     for key, expected in exact.items():
         if not isinstance(expected, JetTensor):
             continue
         for r in range(DEGREE):
             off = relative(ours[key].coefficients[r], expected.coefficients[r])
-            assert off < (4 if key == "loss" else 3) * EPS, f"order {r + 1} of the {key} is off by {off / EPS:.1f} eps"
+            assert off < (4 if key == "loss" else 3) * eps, f"order {r + 1} of the {key} is off by {off / eps:.1f} eps"
 
 
-def test_order_1_is_the_slope_of_the_plain_run():
+@pytest.mark.parametrize("dtype", LOW)
+def test_order_1_is_the_slope_of_the_plain_run(dtype):
     """Oracle: differences of plain runs under autocast, over a step that is large against the rounding."""
     net, x, blocks = make("MLP")
-    ours = run(net, state_of(net, blocks), x, autocast=True)
+    ours = run(net, state_of(net, blocks), x, dtype)
     ends = []
     for sign in (1, -1):
         state = state_of(net, None)
         for n, block in blocks.items():
             state[n] = (state[n].detach() + sign * 0.5 * block[0, 0, 0]).requires_grad_()
-        ends.append(run(net, state, x, autocast=True)["output"].double())
+        ends.append(run(net, state, x, dtype)["output"].double())
     assert relative(ours["output"].coefficients[0, 0, 0], ends[0] - ends[1]) < 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32])
 @pytest.mark.parametrize("name", COMMON)
 def test_operators_round_as_their_kernels(name, dtype):
     """Oracle: the operator on plain tensors, bit by bit, forward and backward."""
@@ -176,7 +182,7 @@ def _inputs(info: Any, sample: Any, jets: bool) -> tuple[list[Tensor], Callable[
         if isinstance(x, Tensor):
             leaves[i] = x.detach().clone()
             if jets and x.is_floating_point():
-                leaves[i] = JetTensor(leaves[i], torch.ones(2, 1, 1, *x.shape, dtype=x.dtype))
+                leaves[i] = JetTensor(leaves[i], torch.ones(2, 1, 1, *x.shape, dtype=coefficient_dtype(x.dtype)))
             leaves[i].requires_grad_(x.requires_grad)
     first, args, kwargs = torch.utils._pytree.tree_unflatten(leaves, spec)
     return [x for x in leaves if isinstance(x, Tensor)], lambda: info.op(first, *args, **kwargs)
@@ -200,6 +206,58 @@ def test_coefficients_are_rounded_once_per_operator(name):
     found = ROUNDED_ONCE[name](JetTensor(point, block))
     expected = ROUNDED_ONCE[name](JetTensor(point.float(), block.float()))
     assert torch.equal(found.coefficients, expected.coefficients.bfloat16())
+
+
+def into_part(x: JetTensor) -> Any:
+    y = torch.zeros_like(x)
+    y[1:].copy_(x[:-1])
+    y[0].add_(x[1]).mul_(x[2])
+    y[:, 2] = 1.0
+    y[2, 1:3] = x[0, :2]
+    return y.div_(2.0)
+
+
+def of_product(x: JetTensor) -> Any:
+    y = torch.zeros_like(x)
+    torch.mm(x, x.t(), out=y)
+    return torch.addmm(y, x, y) + torch.bmm(x.view(2, 2, 4), x.view(2, 4, 2))[1, 0, 1]
+
+
+def of_convolution(x: JetTensor) -> Any:
+    image = x.detach().view(2, 1, 2, 4).requires_grad_()
+    weight = x.detach()[:2, :2].reshape(2, 1, 1, 2).requires_grad_()
+    return torch.autograd.grad(F.conv2d(image, weight, weight[:, 0, 0, 0]).square().sum(), (image, weight))
+
+
+MOVES: dict[str, Callable[[JetTensor], Any]] = {
+    "in place": into_part,
+    "matrix products": of_product,
+    "convolution": of_convolution,
+    "copies": lambda x: x.clone().t().contiguous() + x.float().half() - 3 * x.to(torch.float16, copy=True),
+    "joined": lambda x: torch.cat([x, torch.ones(1, 4).half(), torch.stack([x[0], -x[1]])]),
+    "chosen": lambda x: torch.where(x > 0, x, x.t()).masked_fill(x > 1, 0.5),
+    "indexed": lambda x: x[torch.tensor([0, 2, 0])].index_put((torch.tensor([1]),), x[3], accumulate=True),
+    "gathered": lambda x: torch.zeros_like(x).scatter_add(0, TARGET[None, :4], x).gather(1, TARGET[:4, None]),
+    "embedded": lambda x: F.embedding(TARGET, x).index_select(1, TARGET).index_add(0, TARGET[:2], x[:2, [0, 1] * 3]),
+    "views": lambda x: F.pad(x.flip(0).unfold(0, 2, 2).diagonal().expand(3, 2, 2).mT.reshape(-1)[1:], (1, 2)),
+    "lists": lambda x: torch._foreach_add([x, x.t()], [x[0], x[1]], alpha=2),
+    "complex": lambda x: torch.view_as_real(torch.view_as_complex(x.view(4, 2, 2).clone())),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_coefficients_of_float16_have_the_range_of_float32(name):
+    """Oracle: the same jets in float32, along directions of common size; rounding is that of the primal."""
+    torch.manual_seed(0)
+    point, block = torch.randn(4, 4).half(), torch.randn(2, 2, 3, 4, 4)
+    tiny = torch.tensor([2.0**-30, 2.0**-60]).reshape(2, 1, 1, 1, 1)
+    found, plain = MOVES[name](JetTensor(point.clone(), block * tiny)), MOVES[name](point.clone())
+    expected = MOVES[name](JetTensor(point.float(), block.clone()))
+    for y, z, y0 in zip(*(torch.utils._pytree.tree_leaves(each) for each in (found, expected, plain)), strict=True):
+        assert torch.equal(y.primal, y0)
+        assert y.coefficients.dtype == torch.float32
+        scaled = y.coefficients.flatten(3) / tiny.flatten(3)
+        assert relative(scaled, z.coefficients.flatten(3).double()) < 3 * torch.finfo(torch.float16).eps
 
 
 def weight_and_input() -> tuple[JetTensor, JetTensor]:

@@ -334,10 +334,11 @@ def test_entries_and_directions_do_not_mix(f, parts, degree):
 def test_half_precision(dtype):
     """Oracle: single precision, rounded."""
     x0, c = draw("positive", 2)
-    x = JetTensor(x0.to(dtype), c[:20].to(dtype))
+    kept = torch.float32 if dtype == torch.float16 else dtype
+    x = JetTensor(x0.to(dtype), c[:20].to(kept))
     for f in (torch.tanh, F.gelu, torch.sqrt, torch.exp):
         y, z = f(x), f(JetTensor(x.primal.float(), x.coefficients.float()))
-        assert y.dtype == y.coefficients.dtype == dtype
+        assert (y.dtype, y.coefficients.dtype) == (dtype, kept)
         torch.testing.assert_close(y.coefficients.float(), z.coefficients, rtol=2**-8, atol=1e-2)
 
 

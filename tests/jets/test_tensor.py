@@ -47,6 +47,7 @@ def equal(x: Tensor, primal: Tensor, coefficients: Tensor) -> None:
         (torch.zeros(3), torch.zeros(0, 1, 1, 3), "coefficients"),
         (torch.zeros(3), torch.zeros(1, 3, 1, 3), "coefficients"),
         (torch.zeros(3), torch.zeros(1, 1, 1, 3, dtype=F64), "coefficients"),
+        (torch.zeros(3).half(), torch.zeros(1, 1, 1, 3).half(), "coefficients"),
         (torch.zeros(3, requires_grad=True), torch.zeros(1, 1, 1, 3), "primal"),
         (torch.zeros(3).to_sparse(), torch.zeros(1, 1, 1, 3), "primal"),
         ([1.0], torch.zeros(1, 1, 1, 1), "primal"),
@@ -235,10 +236,13 @@ def test_factories_give_jets_with_zero_coefficients(factory):
 
 
 def test_casts():
-    """Oracle: the cast coefficients; integers and truth values are ordinary tensors."""
+    """Oracle: the cast coefficients, float32 for float16; integers and truth values are ordinary tensors."""
     x = make(3)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16):
         equal(x.to(dtype), x.primal.to(dtype), x.coefficients.to(dtype))
+    equal(x.half(), x.primal.half(), x.coefficients.float())
+    equal(x.half().float(), x.primal.half().float(), x.coefficients.float())
+    equal(x.half().bfloat16(), x.primal.half().bfloat16(), x.coefficients.float().bfloat16())
     assert type(x.int()) is Tensor
     assert type(x > 0) is Tensor
     equal(x.float().sum(dtype=F64), x.primal.float().double().sum(), x.coefficients.float().double().sum(-1))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Classifier, fit, loader, sketch
+from helpers import Classifier, fit, loader, scaled, sketch
 
 from lightning_sketch import Sketch
 from lightning_sketch.errors import ConfigurationError
@@ -51,6 +51,20 @@ def test_what_the_backward_pass_needs_is_held_at_a_time(tmp_path, monkeypatch):
     sizes = {n: measured(lambda n=n: Deep(n), tmp_path, monkeypatch, train=loader(64, 64)) for n in (10, 20)}
     activation = 64 * 16 * 8
     assert sizes[20].peak - sizes[10].peak == pytest.approx(10 * activation, rel=0.02)
+
+
+class DeepInFloat(Deep):
+    def training_step(self, batch, batch_idx):
+        return super().training_step((batch[0].float(), batch[1]), batch_idx)
+
+
+def test_half_precision_is_planned_as_float32(tmp_path, monkeypatch):
+    """Oracle: every layer more keeps an activation (256, 16) and the cast of its weights (16, 16), 4 bytes a number."""
+    few, many = (
+        measured(lambda n=n: DeepInFloat(n), tmp_path, monkeypatch, train=loader(256, 256), **scaled(1.0))
+        for n in (10, 20)
+    )
+    assert many.peak - few.peak == pytest.approx(10 * (256 + 16) * 16 * 4, rel=0.02)
 
 
 def test_gradients_of_earlier_micro_batches_are_held(tmp_path, monkeypatch):

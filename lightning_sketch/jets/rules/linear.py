@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sketch.jets.registry import jet_rule, lead_of, missing_rule
 from lightning_sketch.jets.rules.views import from_end
 from lightning_sketch.jets.series import lift, spread
-from lightning_sketch.jets.tensor import JetTensor, block_of, jet, like_layout, primal_of
+from lightning_sketch.jets.tensor import JetTensor, block_of, coefficient_dtype, jet, like_layout, primal_of
 
 aten = torch.ops.aten
 
@@ -71,6 +71,7 @@ def to_copy(x: JetTensor, **kwargs: Any) -> Any:
     if not primal.dtype.is_floating_point and not primal.dtype.is_complex:
         return primal
     kwargs.pop("memory_format", None)
+    kwargs["dtype"] = coefficient_dtype(primal.dtype)
     return jet(primal, aten._to_copy(x.coefficients, **kwargs), x.lead)
 
 
