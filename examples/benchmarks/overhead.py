@@ -1,7 +1,7 @@
 """CPU time of a tracked step that is not spent on jets: tracing ids, quiet re-execution, recording, checks.
 
-One real direction of degree 1, carried in one pass. The time on jets is that inside the functions which run while the
-module's tensors are replaced: `training_step` and its backward pass, and the optimizer's step.
+One real direction of degree 1, carried in one pass. The time on jets is that of `training_step` and its backward pass
+on replaced tensors, of the optimizer's step on them, and of what makes them and looks at the size of coefficients.
 
     python examples/benchmarks/overhead.py [--blocks 62] [--steps 100] [--rounds 3]
 """
@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sketch import SketchCallback
-from lightning_sketch.shadow import jets_of_run, record
+from lightning_sketch.shadow import record, update
+from lightning_sketch.shadow.jets_of_run import RunJets
 
 BATCH = 4
 
@@ -63,23 +64,31 @@ class Clock(pl.Callback):
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Within, the functions that run on replaced tensors are timed."""
-        original = record.call_with_tensors
+        """Within, what works on coefficients is timed."""
+        call_with_tensors = record.call_with_tensors
 
-        def call_with_tensors(module: nn.Module, tensors: dict[str, Tensor], function: Callable[[], Any]) -> Any:
-            def timed() -> Any:
+        def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
                 start = time.process_time()
                 try:
-                    return function()
+                    return function(*args)
                 finally:
                     self._on_jets += time.process_time() - start
 
-            return original(module, tensors, timed)
+            return run
 
-        with (
-            mock.patch.object(record, "call_with_tensors", call_with_tensors),
-            mock.patch.object(jets_of_run, "call_with_tensors", call_with_tensors),
-        ):
+        with ExitStack() as stack:
+            for owner, name in (
+                (update, "step"),
+                (RunJets, "_parameters"),
+                (RunJets, "_gradients_as_in_run"),
+                (RunJets, "_watch"),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
+            replaced = mock.patch.object(
+                record, "call_with_tensors", lambda module, tensors, f: call_with_tensors(module, tensors, timed(f))
+            )
+            stack.enter_context(replaced)
             yield
 
 

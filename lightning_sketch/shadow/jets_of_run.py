@@ -134,7 +134,7 @@ class RunJets:
             params = self._parameters(snapshot)
             gradients = self._gradients(start, module, training_step, weighting, records, params, step, readings)
             check_gradients(gradients, snapshot.gradients, step, readings)
-            theirs = {name: self._as_in_run(gradients.pop(name), g) for name, g in snapshot.gradients.items()}
+            theirs = self._gradients_as_in_run(gradients, snapshot)
             update.reserve(snapshot, params, self.state, self.lead)
 
         def make_step() -> StateBlocks:
@@ -260,12 +260,16 @@ class RunJets:
         for rank in range(1, len(self.buffers)):
             self.buffers[rank] = _copies(self.buffers[0])
 
-    def _as_in_run(self, gradient: JetTensor | None, of_run: Tensor | None) -> JetTensor | None:
-        """The gradient with order 0 as in the run, to the last bit, in memory of its own: clipping works in place."""
-        if of_run is None:
-            return None
-        block = None if gradient is None else gradient.block
-        return jet(of_run.clone(), None if block is None else block.clone(), self.lead)
+    def _gradients_as_in_run(
+        self, gradients: dict[str, JetTensor | None], snapshot: OptimizerSnapshot
+    ) -> dict[str, JetTensor | None]:
+        """Take the gradients, with order 0 as in the run, to the last bit, in memory of their own for the clipping."""
+        found: dict[str, JetTensor | None] = {}
+        for name, of_run in snapshot.gradients.items():
+            mine = gradients.pop(name)
+            block = None if mine is None or mine.block is None else mine.block.clone()
+            found[name] = None if of_run is None else jet(of_run.clone(), block, self.lead)
+        return found
 
     def _add_gradient(
         self,
