@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 import weakref
@@ -138,6 +139,7 @@ class SketchCallback(AroundTrainingStep):
         self._verified = False
         self._first: dict[str, tuple[Any, int]] = {}  # tensors with which all processes began, and their versions
         self._names: dict[Tensor, str] = {}
+        self._followed: Any = None  # optimizer and module
         self._records: list[StepRecord] = []
         self._pending: StepRecord | None = None
         self._snapshot: OptimizerSnapshot | None = None
@@ -181,6 +183,7 @@ class SketchCallback(AroundTrainingStep):
         optimizer = check_optimizers(trainer.optimizers, pl_module, "SketchCallback", _scaler(trainer))
         self._units.start(trainer)
         self._names = {p: name for name, p in pl_module.named_parameters()}
+        self._followed = optimizer, pl_module
         n = self._units.num_units
         self._drawn = make_directions(self.directions, self.design, n, seed=self.seed, deletion_sets=self.deletion_sets)
         self._announce(pl_module, optimizer)
@@ -203,7 +206,7 @@ class SketchCallback(AroundTrainingStep):
         Those of all processes are in that of the first, which Lightning writes. Empty inside an optimizer step, where
         an interruption leaves parameters and coefficients that are not of one moment.
         """
-        if self._depth or (not self._verified and not self._given_up):
+        if self._depth or self._pending is not None or (not self._verified and not self._given_up):
             return {}
         return {
             "version": 1,
@@ -211,8 +214,25 @@ class SketchCallback(AroundTrainingStep):
             "steps": self._steps,
             "given_up": self._given_up,
             "data_order": self._ranks.share(self._units.order),
-            "blocks": list(self._ranks.collect(block.state_dict() for block in self._blocks)),
+            "blocks": list(self._ranks.collect(block.state_dict() for block in self._without_gradients())),
         }
+
+    def _without_gradients(self) -> list[RunJets]:
+        """What a resumed run goes on from: gradients of an unfinished step are lost, what it left in buffers is not."""
+        if not self._records:
+            return self._blocks
+        assert self._original is not None
+        optimizer, module = self._followed
+        records = self._shared(self._records, module)
+        snapshot = OptimizerSnapshot.capture(optimizer, self._names, self._tracked.values, module, self._counts)
+        blocks = [copy.copy(block) for block in self._blocks]
+        with quiet(module, module.device) as start:
+            for block in blocks:
+                block.skip(start, module, self._original, self.weighting, records, snapshot)
+        return blocks
+
+    def _shared(self, records: list[StepRecord], module: pl.LightningModule) -> list[StepRecord]:
+        return records if self._ranks.size == 1 else share_records(records, self._changed(module), self._ranks)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -438,8 +458,7 @@ class SketchCallback(AroundTrainingStep):
         if snapshot is None:
             return None
         try:
-            if self._ranks.size > 1:
-                records = share_records(records, self._changed(module), self._ranks)
+            records = self._shared(records, module)
             self._together(lambda: carry(snapshot, records))
         except (InstabilityError, MemoryShortageError) as error:
             if self.on_instability == "stop":

@@ -234,7 +234,7 @@ def call_with_tensors(module: nn.Module, tensors: dict[str, Tensor], function: C
     present = {**params, **buffers}
     replacements = {id(present[name]): t for name, t in tensors.items() if name in present}
     stores = [store for m in modules_of(module) for store in (m._parameters, m._buffers)]
-    before = [(store, store.copy()) for store in stores if store]
+    before, empty = [(store, store.copy()) for store in stores if store], [store for store in stores if not store]
     try:
         for store, contents in before:
             for key, t in contents.items():
@@ -244,10 +244,13 @@ def call_with_tensors(module: nn.Module, tensors: dict[str, Tensor], function: C
         tensors.update(named_tensors(module)[1])
         return result
     finally:
-        for store in stores:
-            store.clear()
         for store, contents in before:
             store.update(contents)  # type: ignore[arg-type]
+            if list(store) != list(contents):
+                store.clear()
+                store.update(contents)  # type: ignore[arg-type]
+        for store in empty:
+            store.clear()
 
 
 @contextmanager

@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from helpers import FEATURES, Classifier, fit
+from helpers import FEATURES, Classifier, fit, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_sketch import ConfigurationError, Sketch, SketchCallback, StableAdamW
+from lightning_sketch import ConfigurationError, Reweight, Sketch, SketchCallback, StableAdamW
 
 UNITS = [i % 4 for i in range(12)]
 EPOCHS = 4
@@ -131,3 +131,40 @@ class Saves(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trainer.save_checkpoint(self.dirpath / "end.ckpt")
+
+
+class SavesOnce(pl.Callback):
+    """A checkpoint after one batch, wherever in an accumulation that is."""
+
+    def __init__(self, path: Path, batch: int) -> None:
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_running_statistics_of_an_unfinished_step_are_kept(
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: central differences of reweighted trainings, which lose the unfinished step's gradients as well."""
+    monkeypatch.setattr("lightning_sketch.callbacks.reweight.check_start", lambda *_: None)
+    psi = np.random.default_rng(0).normal(size=4)
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "epochs": 2}
+
+    def through_a_checkpoint(name: str, make: Any) -> pl.LightningModule:
+        path = tmp_path / name / "one.ckpt"
+        fit(Normalised, [make(), SavesOnce(path, batch)], loader(batch_size=2), **options)
+        return fit(Normalised, [make()], loader(batch_size=2), seed=9, checkpoint=path, **options)[0]
+
+    through_a_checkpoint("sketch", lambda: callback(tmp_path / "sketch", directions=psi[None], degree=1))
+    (shard,) = Sketch.load(tmp_path / "sketch").shards()
+    h = 1e-5
+    plus, minus = (
+        through_a_checkpoint(str(s), lambda s=s: Reweight(UNITS, weights=s * h * psi)).state_dict() for s in (1, -1)
+    )
+    for name, values in plus.items():
+        if values.is_floating_point():
+            ours = np.ldexp(shard.scaled[name][0, 0, 0].numpy(), -int(shard.exponents[0]))
+            np.testing.assert_allclose(ours, (values - minus[name]) / (2 * h), rtol=1e-6, atol=1e-8, err_msg=name)
