@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from lightning_sketch.errors import ConfigurationError
 
 MAX_ENTRIES = 2**30  # of the array of directions, 16 bytes each
-DESIGNS = ("sphere", "orthonormal", "basis", "indicator", "common")
+DESIGNS = ("sphere", "orthonormal", "basis", "indicator", "common", "gradient")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +108,7 @@ def make_directions(
     *,
     seed: int = 0,
     deletion_sets: Sequence[Sequence[int]] | None = None,
+    leading: Callable[[int], np.ndarray] | None = None,
 ) -> Directions:
     """Return the directions of a design, or those of a given array.
 
@@ -118,16 +119,18 @@ def make_directions(
     - ``orthonormal``: rows of Haar unitaries, in blocks of at most ``n``; each row is uniform on the sphere;
     - ``basis``: the ``n`` real unit vectors ``e_u``;
     - ``indicator``: the real ``1_D`` of every set in ``deletion_sets``;
+    - ``gradient``: the leading eigenvectors, real, of the Gram matrix of the units' training gradients;
     - ``common``: the common mode ``c * 1``, ``c = 1 / sqrt(n)``, and ``v + c * 1`` for every direction ``v`` of the
       other designs; these rows come last.
 
     Args:
-        directions: how many directions each random design (sphere, orthonormal) draws; or a real or complex array
+        directions: how many directions each of sphere, orthonormal and gradient has; or a real or complex array
             ``(K, n)``, taken as it is, for which ``design`` and ``seed`` are not used.
         design: names of designs joined by ``+``.
         num_units: ``n``.
         seed: seed of the random designs; each has its own stream, so that its draw depends on no other design.
         deletion_sets: lists of units, for ``indicator``.
+        leading: gives the first so many eigenvectors, ``(count, n)`` float64, for ``gradient``.
 
     Raises:
         ConfigurationError: any argument that can not be right.
@@ -167,6 +170,10 @@ def make_directions(
             parts.append(_orthonormal(_stream(int(seed), name), count, num_units))
         elif name == "basis":
             parts.append(np.eye(num_units, dtype=np.complex128))
+        elif name == "gradient":
+            if leading is None:
+                raise ConfigurationError("`design='gradient'` needs the gradients of a run: read the stored array.")
+            parts.append(leading(count).astype(np.complex128))
         elif name == "indicator":
             parts.append(_indicators(sets or [], num_units))
     if "common" in names:
@@ -179,7 +186,8 @@ def make_from_recipe(recipe: Mapping[str, Any], num_units: int) -> Directions:
     """Return the directions that a stored recipe describes.
 
     Raises:
-        ConfigurationError: the recipe is that of an explicit array, which only the array itself can give back.
+        ConfigurationError: the recipe is that of an explicit array, or of gradients, which only the array itself can
+            give back.
     """
     if recipe["design"] == "explicit":
         raise ConfigurationError("`recipe` is that of an explicit array: read the stored array instead.")
@@ -195,7 +203,8 @@ def count_directions(recipe: Mapping[str, Any], num_units: int) -> int:
         ConfigurationError: the recipe names an unknown design.
     """
     names = parse_design(recipe["design"])
-    rows = int(num_units * ("basis" in names) + recipe["count"] * (("sphere" in names) + ("orthonormal" in names)))
+    drawn = sum(name in names for name in ("sphere", "orthonormal", "gradient"))
+    rows = int(num_units * ("basis" in names) + recipe["count"] * drawn)
     rows += len(recipe["deletion_sets"] or ()) * ("indicator" in names)
     return 2 * rows + 1 if "common" in names else rows
 

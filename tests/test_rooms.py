@@ -11,7 +11,19 @@ import lightning_sketch.prediction
 
 PACKAGE = Path(lightning_sketch.__file__).parent
 # Data flows down: a module imports only from rooms above its own.
-ROOMS = ["errors", "jets", "directions", "optim", "shadow", "sketch", "prediction", "plotting", "callbacks", "__init__"]
+ROOMS = [
+    "errors",
+    "jets",
+    "directions",
+    "features",
+    "optim",
+    "shadow",
+    "sketch",
+    "prediction",
+    "plotting",
+    "callbacks",
+    "__init__",
+]
 KNOW_LIGHTNING = {"shadow", "callbacks"}
 
 

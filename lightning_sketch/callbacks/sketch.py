@@ -21,6 +21,7 @@ from typing_extensions import override
 from lightning_sketch.callbacks._examples import AroundTrainingStep, joint_order
 from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design, units_checksum
 from lightning_sketch.errors import ConfigurationError, InstabilityError, MemoryShortageError
+from lightning_sketch.features import UnitFeatures
 from lightning_sketch.jets.memory import collect_garbage, give_back_freed_memory
 from lightning_sketch.shadow.carried import AttributeWatch
 from lightning_sketch.shadow.checks import Readings, check_update
@@ -36,6 +37,7 @@ from lightning_sketch.shadow.planning import (
 from lightning_sketch.shadow.quiet import Start, named_tensors, quiet
 from lightning_sketch.shadow.ranks import BufferSync, Ranks
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step, share_records
+from lightning_sketch.shadow.unit_gradients import PROJECTION, CountSketch, project_gradients
 from lightning_sketch.shadow.update import Counts, OptimizerSnapshot, ask_counts, count_state_tensors
 from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting, Normalization, PerExampleLoss
@@ -65,11 +67,13 @@ class SketchCallback(AroundTrainingStep):
         dirpath: directory that the sketch is written to.
         directions: number of random directions, or an explicit array ``(K, n)``, real or complex.
         degree: highest order of the Taylor coefficients, from 1.
-        design: ``"sphere"``, ``"orthonormal"``, ``"basis"``, ``"indicator"``, ``"common"``, joined with ``+``; for
-            example ``"basis+common"``.
+        design: ``"sphere"``, ``"orthonormal"``, ``"basis"``, ``"indicator"``, ``"gradient"``, ``"common"``, joined with
+            ``+``; for example ``"basis+common"``.
         units: unit of every example of the train dataset (a user, a vendor, a document), ``-1`` = not deletable;
             ``None`` = one unit per example.
         deletion_sets: lists of units, for ``"indicator"``.
+        features: for ``"gradient"``: ``dirpath`` of the :class:`GradientFeatures` of a pilot run; ``None`` takes the
+            gradients at initialisation, in one pass over the train dataset.
         loss: ``"auto"``, or ``callable(module, batch) -> (B,)`` per-example losses whose mean is the training loss.
         ids: ``"auto"`` (the batch sampler is traced), a key of the batch, or ``callable(batch) -> (B,)`` rows of the
             dataset.
@@ -99,6 +103,7 @@ class SketchCallback(AroundTrainingStep):
         design: str = "orthonormal",
         units: Sequence[int] | None = None,
         deletion_sets: Sequence[Sequence[int]] | None = None,
+        features: str | os.PathLike[str] | None = None,
         loss: Literal["auto"] | PerExampleLoss = "auto",
         ids: Callable[[Any], Any] | str = "auto",
         normalization: Normalization = "batch",
@@ -117,12 +122,14 @@ class SketchCallback(AroundTrainingStep):
             _check_count("directions_per_pass", directions_per_pass)
         if isinstance(directions, int):
             _check_count("directions", directions)
-            parse_design(design)
+            if features is not None and "gradient" not in parse_design(design):
+                raise ConfigurationError("`features` is given, which only the design 'gradient' uses: add it.")
         self.dirpath = os.fspath(dirpath)
         self.directions = directions
         self.degree = degree
         self.design = design
         self.deletion_sets = deletion_sets
+        self.features = features
         self.directions_per_pass = directions_per_pass
         self.seed = seed
         self.every_n_train_steps = every_n_train_steps
@@ -135,6 +142,7 @@ class SketchCallback(AroundTrainingStep):
     def _forget(self) -> None:
         self._ranks = Ranks()
         self._drawn: Directions | None = None
+        self._leading: Tensor | None = None  # of the gradients at initialisation, (count, n)
         self._blocks: list[RunJets] = []  # of this process
         self._verified = False
         self._first: dict[str, tuple[Any, int]] = {}  # tensors with which all processes began, and their versions
@@ -184,8 +192,7 @@ class SketchCallback(AroundTrainingStep):
         self._units.start(trainer)
         self._names = {p: name for name, p in pl_module.named_parameters()}
         self._followed = optimizer, pl_module
-        n = self._units.num_units
-        self._drawn = make_directions(self.directions, self.design, n, seed=self.seed, deletion_sets=self.deletion_sets)
+        self._drawn = self._draw(trainer, pl_module)
         self._announce(pl_module, optimizer)
         self._optimizer = optimizer
         self._hooks = [
@@ -208,7 +215,9 @@ class SketchCallback(AroundTrainingStep):
         """
         if self._depth or self._pending is not None or (not self._verified and not self._given_up):
             return {}
+        leading = {} if self._leading is None else {"leading": self._leading}
         return {
+            **leading,
             "version": 1,
             "run": self._run(),
             "steps": self._steps,
@@ -243,7 +252,7 @@ class SketchCallback(AroundTrainingStep):
         """What must be the same when a run is resumed."""
         assert self._drawn is not None
         directions = dict(self._drawn.recipe)
-        if directions["design"] == "explicit":
+        if not {"explicit", "gradient"}.isdisjoint(directions["design"].split("+")):  # the recipe does not say all
             directions["checksum"] = self._drawn.checksum()
         return {
             "degree": self.degree,
@@ -302,6 +311,34 @@ class SketchCallback(AroundTrainingStep):
         assert self._drawn is not None
         dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
         return RunJets(indices, self._drawn.array[indices], self.degree, dtype, module.device, self._ranks.size)
+
+    def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Directions:
+        n, sets = self._units.num_units, self.deletion_sets
+        return make_directions(
+            self.directions,
+            self.design,
+            n,
+            seed=self.seed,
+            deletion_sets=sets,
+            leading=lambda count: self._leading_directions(count, trainer, module),
+        )
+
+    def _leading_directions(self, count: int, trainer: pl.Trainer, module: pl.LightningModule) -> np.ndarray:
+        of_example = self._units.of_example
+        if self.features is not None:
+            return UnitFeatures.load(self.features, of_example).leading_directions(count)
+        if self._loaded is not None:  # the gradients at initialisation are gone
+            self._leading = self._loaded.get("leading")
+            if self._leading is None or len(self._leading) != count:
+                raise ConfigurationError(
+                    f"SketchCallback: the checkpoint was saved without `design={self.design!r}`, `directions={count}`"
+                    ": give the arguments that training began with."
+                )
+        else:
+            plain, projection = LossWeighting(self.weighting.loss, "batch"), CountSketch(PROJECTION, self.seed)
+            found = project_gradients(trainer, module, plain, of_example, projection).numpy()
+            self._leading = torch.from_numpy(UnitFeatures(found, "").leading_directions(count))
+        return self._leading.numpy()
 
     def _announce(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
         assert self._drawn is not None

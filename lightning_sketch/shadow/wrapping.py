@@ -57,6 +57,17 @@ def unwrap_training_step(module: Any, original: Callable[..., Any]) -> None:
         module.__dict__["training_step"] = original
 
 
+def own_training_step(module: Any) -> Callable[..., Any]:
+    """The user's ``training_step``, also where :func:`wrap_training_step` has taken its place."""
+    step: Callable[..., Any] = module.training_step
+    return step.__wrapped__ if hasattr(step, _MARK) else step  # type: ignore[attr-defined]
+
+
+def arguments_of(training_step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """What the Trainer would call it with; ``batch_idx`` may be left out of its signature."""
+    return (batch, batch_idx)[: len(inspect.signature(training_step).parameters)]
+
+
 def check_trainer(trainer: Any, module: Any, who: str) -> None:
     """Refuse, all at once, what makes a re-run of the training step wrong.
 

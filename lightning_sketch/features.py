@@ -1,0 +1,102 @@
+"""Features of units: projected training gradients, whose inner products say which units act alike on a model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from scipy.linalg import svd
+
+from lightning_sketch.directions import count_units, units_checksum
+from lightning_sketch.errors import ConfigurationError, SketchError
+
+FILE_NAME = "features.safetensors"
+_FORMAT = "lightning_sketch.features.1"
+_RANK = 1e-10  # singular values below this part of the largest are rounding
+
+
+@dataclass(frozen=True, eq=False)
+class UnitFeatures:
+    """One row of features per unit; their inner products approximate those of the units' training gradients.
+
+    Args:
+        array: ``(n, m)`` float64.
+        units: :func:`units_checksum` of the unit map.
+    """
+
+    array: np.ndarray
+    units: str
+
+    def save(self, dirpath: str | os.PathLike[str]) -> None:
+        """Write them to a directory, made if need be; what was there before stays until all is written.
+
+        Raises:
+            SketchError: the directory can not be written.
+        """
+        directory = Path(dirpath)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=directory, prefix=".writing-", delete=False) as file:
+                content = {"features": np.ascontiguousarray(self.array, dtype=np.float64)}
+                file.write(safetensors.numpy.save(content, {"format": _FORMAT, "units": self.units}))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, directory / FILE_NAME)
+        except OSError as error:
+            raise SketchError(f"`{directory}` can not be written ({error}): choose another `dirpath`.") from error
+
+    @classmethod
+    def load(cls, dirpath: str | os.PathLike[str], unit_of_example: np.ndarray) -> UnitFeatures:
+        """Read what :meth:`save` wrote; no code is run.
+
+        Args:
+            dirpath: the directory.
+            unit_of_example: ``(num_examples,)``, the units that the features must be of.
+
+        Raises:
+            SketchError: there are none, or they can not be read.
+            ConfigurationError: they are of other units.
+        """
+        path = Path(dirpath) / FILE_NAME
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                header, names = file.metadata() or {}, list(file.keys())
+                if header.get("format") != _FORMAT or names != ["features"]:
+                    raise SketchError(f"`{path}` holds no features of units: give the `dirpath` of GradientFeatures.")
+                array = file.get_tensor("features")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SketchError(f"`{path}` can not be read ({error}): run GradientFeatures again.") from error
+        if header.get("units") != units_checksum(unit_of_example):
+            raise ConfigurationError(
+                f"`features`: `{path}` is of other units: record it with the `units` of this run, on the same dataset."
+            )
+        if array.dtype != np.float64 or array.shape[:1] != (count_units(unit_of_example),) or array.ndim != 2:
+            raise SketchError(f"`{path}` holds {array.dtype} of shape {array.shape}: run GradientFeatures again.")
+        if not np.isfinite(array).all():
+            raise SketchError(f"`{path}` holds NaN or infinity: run GradientFeatures again on a run that is stable.")
+        return cls(array, header["units"])
+
+    def leading_directions(self, count: int) -> np.ndarray:
+        """Return the leading eigenvectors of the Gram matrix ``array @ array.T``, ``(count, n)``, orthonormal rows.
+
+        Along them units that act alike are measured together. They are the left singular vectors of ``array``, so no
+        ``(n, n)`` matrix is made.
+
+        Raises:
+            ConfigurationError: there are fewer than ``count``.
+        """
+        left, singular, _ = svd(self.array, full_matrices=False)
+        rank = int((singular > _RANK * singular[0]).sum()) if singular.size else 0
+        if count > rank:
+            raise ConfigurationError(
+                f"`directions` is {count}, but the gradients of the units have {rank} independent directions: draw "
+                "fewer, give features of a larger `projection`, or join another design."
+            )
+        rows: np.ndarray = left[:, :count].T
+        signs = np.sign(rows[np.arange(count), np.abs(rows).argmax(axis=1)])  # LAPACK leaves them open
+        return rows * signs[:, None]

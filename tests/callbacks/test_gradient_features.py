@@ -1,0 +1,218 @@
+"""Projected gradients of units, and directions along their leading eigenvectors."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import FEATURES, Classifier, assert_first_order, data, fit, loader
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_sketch import ConfigurationError, GradientFeatures, Sketch, SketchCallback, SketchError
+from lightning_sketch.callbacks import gradient_features
+from lightning_sketch.features import FILE_NAME, UnitFeatures
+from lightning_sketch.shadow.unit_gradients import CountSketch
+
+UNITS = [i % 5 - 1 for i in range(12)]  # units 0..3, and rows that belong to none
+UNIT_OF_ROW = np.array(UNITS)
+
+
+class Noisy(Classifier):
+    """With running statistics and dropout, which gradients of units do without."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Sequential(nn.Linear(FEATURES, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 3))
+        )
+        self.double()
+
+
+class Normalised(Classifier):
+    """With running statistics; without random numbers, which Lightning does not resume."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(FEATURES, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)))
+        self.double()
+
+
+def gradients(module: pl.LightningModule) -> dict[str, np.ndarray]:
+    """Of the sum of every unit's losses, in evaluation mode, one example at a time: ``(4, *S)`` by name."""
+    module.eval()
+    x, y = data().tensors
+    found = {name: np.zeros((4, *p.shape)) for name, p in module.named_parameters()}
+    for i, unit in enumerate(UNITS):
+        if unit >= 0:
+            loss = F.cross_entropy(module.net(x[i : i + 1]), y[i : i + 1])
+            for (name, _), g in zip(
+                module.named_parameters(), torch.autograd.grad(loss, list(module.parameters())), strict=True
+            ):
+                found[name][unit] += g.numpy()
+    return found
+
+
+def projected(vectors: dict[str, np.ndarray], projection: CountSketch) -> np.ndarray:
+    total = torch.zeros(4, projection.size, dtype=torch.float64)
+    for name, v in vectors.items():
+        projection.add(total, name, torch.from_numpy(v))
+    return total.numpy()
+
+
+@pytest.mark.parametrize(("at", "point"), [([0], 0), ([0.5, 1.0], 1)])
+def test_features_are_projected_gradients(at: list[float], point: int, tmp_path: Path) -> None:
+    """Oracle: autograd on one example at a time, before and after the training."""
+    pl.seed_everything(1, verbose=False)
+    start = Noisy()
+    after, _ = fit(Noisy, [GradientFeatures(tmp_path, at, 64, units=UNITS)], loader(batch_size=5))
+    found = UnitFeatures.load(tmp_path, UNIT_OF_ROW).array
+    if at == [0]:
+        expected = projected(gradients(start), CountSketch(64, 0))
+    else:
+        half, _ = fit(Noisy, [], loader(batch_size=5), epochs=1)
+        expected = projected(gradients(half), CountSketch(64, 0)) + projected(gradients(after), CountSketch(64, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_projection_keeps_inner_products() -> None:
+    """Oracle: the products of the vectors themselves, within four standard errors of the stated variance."""
+    stream = np.random.default_rng(0)
+    vectors = {"a": stream.normal(size=(4, 7, 3)), "b": stream.normal(size=(4, 11))}
+    flat = np.concatenate([v.reshape(4, -1) for v in vectors.values()], 1)
+    exact, size, draws = flat @ flat.T, 16, 400
+    grams = [(p := projected(vectors, CountSketch(size, seed))) @ p.T for seed in range(draws)]
+    squares = np.outer(np.diag(exact), np.diag(exact))
+    bound = np.sqrt((squares + exact**2) / size)
+    assert (np.abs(np.mean(grams, axis=0) - exact) < 4 * bound / np.sqrt(draws)).all()
+    assert (np.std(grams, axis=0) < 1.2 * bound).all()
+    assert (np.std(grams, axis=0) > 0.3 * bound).any()
+
+
+@pytest.mark.parametrize("design", ["", "gradient"])
+def test_the_run_is_left_alone(design: str, tmp_path: Path) -> None:
+    """Oracle: the run without callbacks, to the last bit, and its random numbers."""
+    runs = []
+    for callbacks in ([], [GradientFeatures(tmp_path / "f", units=UNITS)]):
+        if callbacks and design:
+            callbacks.append(SketchCallback(tmp_path / "s", 3, 1, design=design, units=UNITS))
+        module, trainer = fit(Noisy, callbacks, loader(batch_size=5, shuffle=True))
+        runs.append((module.state_dict(), trainer.optimizers[0].state_dict()["state"], torch.rand(3)))
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+def test_points_are_fractions_of_the_optimizer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def count(trainer: Any, *args: Any) -> Tensor:
+        taken.append(trainer.global_step)
+        return torch.zeros(4, 8, dtype=torch.float64)
+
+    monkeypatch.setattr(gradient_features, "project_gradients", count)
+    fit(Classifier, [GradientFeatures(tmp_path, (0, 0.25, 0.5, 1), 8, units=UNITS)], epochs=4)
+    assert taken == [0, 3, 6, 12]
+
+
+def test_directions_are_leading_eigenvectors(tmp_path: Path) -> None:
+    """Oracle: numpy's eigenvectors of the Gram matrix."""
+    fit(Noisy, [GradientFeatures(tmp_path / "pilot", units=UNITS)])
+    features = UnitFeatures.load(tmp_path / "pilot", UNIT_OF_ROW).array
+    callback = SketchCallback(tmp_path / "s", 2, 1, design="gradient+common", units=UNITS, features=tmp_path / "pilot")
+    fit(Noisy, [callback])
+    sketch = Sketch.load(tmp_path / "s")
+    sketch.verify()
+    directions = sketch.directions
+    assert directions.shape == (5, 4)
+    assert not directions.imag.any()
+    eigenvectors = np.linalg.eigh(features @ features.T)[1][:, ::-1]
+    overlap = np.abs(directions[:2].real @ eigenvectors[:, :2])
+    np.testing.assert_allclose(overlap, np.eye(2), atol=1e-10)
+    np.testing.assert_allclose(directions[2], np.full(4, 0.5))
+    np.testing.assert_allclose(directions[3:], directions[:2] + 0.5)
+
+
+def test_a_resumed_run_keeps_the_directions_of_its_start(tmp_path: Path) -> None:
+    """Oracle: the run that was never interrupted."""
+
+    def callback(name: str, count: int = 3) -> SketchCallback:
+        return SketchCallback(tmp_path / name, count, 2, design="gradient", units=UNITS)
+
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    fit(Normalised, [callback("whole"), saving], enable_checkpointing=True)
+    fit(Normalised, [callback("resumed")], checkpoint=tmp_path / "epoch=0.ckpt", seed=5)
+    whole, resumed = Sketch.load(tmp_path / "whole"), Sketch.load(tmp_path / "resumed")
+    np.testing.assert_array_equal(whole.directions, resumed.directions)
+    for a, b in zip(whole.shards(), resumed.shards(), strict=True):
+        torch.testing.assert_close(a.scaled, b.scaled, rtol=0, atol=0)
+    with pytest.raises(ConfigurationError, match="arguments that training began with"):
+        fit(Normalised, [callback("other", 2)], checkpoint=tmp_path / "epoch=0.ckpt")
+
+
+def test_features_survive_an_interruption(tmp_path: Path) -> None:
+    """Oracle: the features of the run that was never interrupted."""
+
+    def callback(name: str) -> GradientFeatures:
+        return GradientFeatures(tmp_path / name, (0, 0.5, 1), 16, units=UNITS)
+
+    saving = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    fit(Normalised, [callback("whole"), saving], enable_checkpointing=True)
+    fit(Normalised, [callback("resumed")], checkpoint=tmp_path / "epoch=0.ckpt", seed=5)
+    arrays = [UnitFeatures.load(tmp_path / name, UNIT_OF_ROW).array for name in ("whole", "resumed")]
+    np.testing.assert_array_equal(*arrays)
+
+
+def test_a_sketch_along_gradients_is_right(tmp_path: Path) -> None:
+    """Oracle: central differences of reweighted trainings."""
+    pilot = tmp_path / "pilot"
+    fit(Classifier, [GradientFeatures(pilot, units=UNITS)])
+    direction = UnitFeatures.load(pilot, UNIT_OF_ROW).leading_directions(1)
+    assert_first_order(Classifier, tmp_path, num_units=4, callback={"units": UNITS})
+    fit(Classifier, [SketchCallback(tmp_path / "a", 1, 1, design="gradient", units=UNITS, features=pilot)])
+    fit(Classifier, [SketchCallback(tmp_path / "b", direction, 1, units=UNITS)])
+    for a, b in zip(Sketch.load(tmp_path / "a").shards(), Sketch.load(tmp_path / "b").shards(), strict=True):
+        torch.testing.assert_close(a.scaled, b.scaled, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"at": ()}, "`at`"),
+        ({"at": (0.5, 1.5)}, "`at`"),
+        ({"projection": 0}, "`projection`"),
+        ({"loss": 3}, "`loss`"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        GradientFeatures(tmp_path, **arguments)
+
+
+def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="`features` is given"):
+        SketchCallback(tmp_path, design="basis", features=tmp_path)
+    with pytest.raises(SketchError, match=FILE_NAME):
+        fit(Classifier, [SketchCallback(tmp_path / "s", 2, design="gradient", features=tmp_path / "none")])
+    fit(Classifier, [GradientFeatures(tmp_path / "f", projection=2, units=UNITS)])
+    with pytest.raises(ConfigurationError, match="other units"):
+        fit(Classifier, [SketchCallback(tmp_path / "s", 2, design="gradient", features=tmp_path / "f")])
+    with pytest.raises(ConfigurationError, match="2 independent directions"):
+        fit(
+            Classifier,
+            [SketchCallback(tmp_path / "s", 3, design="gradient", units=UNITS, features=tmp_path / "f")],
+        )
+    (tmp_path / "f" / FILE_NAME).write_bytes(b"\x80\x04not features")
+    with pytest.raises(SketchError, match="can not be read"):
+        UnitFeatures.load(tmp_path / "f", UNIT_OF_ROW)
+
+
+class Coupled(Classifier):
+    """The hardest examples of a batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none").topk(2).values.mean()
+
+
+def test_a_loss_that_couples_examples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="`loss`"):
+        fit(Coupled, [GradientFeatures(tmp_path, (0,), units=UNITS)])
