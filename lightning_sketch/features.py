@@ -17,15 +17,15 @@ from lightning_sketch.errors import ConfigurationError, SketchError
 
 FILE_NAME = "features.safetensors"
 _FORMAT = "lightning_sketch.features.1"
-_RANK = 1e-10  # singular values below this part of the largest are rounding
+_RANK = 1e-5  # singular values below this part of the largest are rounding of float32
 
 
 @dataclass(frozen=True, eq=False)
 class UnitFeatures:
-    """One row of features per unit; their inner products approximate those of the units' training gradients.
+    """Projected training gradients of every unit at several points of training.
 
     Args:
-        array: ``(n, m)`` float64.
+        array: ``(points, n, m)`` float32; inner products over ``m`` approximate those of the gradients.
         units: :func:`units_checksum` of the unit map.
     """
 
@@ -42,7 +42,7 @@ class UnitFeatures:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=directory, prefix=".writing-", delete=False) as file:
-                content = {"features": np.ascontiguousarray(self.array, dtype=np.float64)}
+                content = {"features": np.ascontiguousarray(self.array, dtype=np.float32)}
                 file.write(safetensors.numpy.save(content, {"format": _FORMAT, "units": self.units}))
                 file.flush()
                 os.fsync(file.fileno())
@@ -75,22 +75,36 @@ class UnitFeatures:
             raise ConfigurationError(
                 f"`features`: `{path}` is of other units: record it with the `units` of this run, on the same dataset."
             )
-        if array.dtype != np.float64 or array.shape[:1] != (count_units(unit_of_example),) or array.ndim != 2:
+        if array.dtype != np.float32 or array.ndim != 3 or array.shape[1] != count_units(unit_of_example):
             raise SketchError(f"`{path}` holds {array.dtype} of shape {array.shape}: run GradientFeatures again.")
         if not np.isfinite(array).all():
             raise SketchError(f"`{path}` holds NaN or infinity: run GradientFeatures again on a run that is stable.")
         return cls(array, header["units"])
 
-    def leading_directions(self, count: int) -> np.ndarray:
-        """Return the leading eigenvectors of the Gram matrix ``array @ array.T``, ``(count, n)``, orthonormal rows.
+    def flattened(self) -> np.ndarray:
+        """Return features whose inner products are the prior covariance of units, float64, ``(n, points * m)``.
 
-        Along them units that act alike are measured together. They are the left singular vectors of ``array``, so no
-        ``(n, n)`` matrix is made.
+        At each point they are ``(g_u . (C + c I)^-1 g_v)``, with ``C`` the second moment of the gradients and ``c`` its
+        mean eigenvalue among the ``n``: what units share, training has unlearned by its end, so that plain products of
+        gradients overrate it (the kernel of Park et al., *TRAK*, arXiv 2303.14186, section 3.2, with a ridge).
+        """
+        parts = []
+        for gradients in self.array.astype(np.float64):
+            left, singular, _ = svd(gradients, full_matrices=False)
+            squares = singular**2
+            parts.append(left * np.sqrt(squares / (squares + squares.sum() / len(left) + np.finfo(np.float64).tiny)))
+        return np.concatenate(parts, axis=1)
+
+    def leading_directions(self, count: int) -> np.ndarray:
+        """Return the leading eigenvectors of the units' prior covariance, ``(count, n)``, orthonormal rows.
+
+        Along them units that act alike are measured together. They are the left singular vectors of
+        :meth:`flattened`, so no ``(n, n)`` matrix is made.
 
         Raises:
             ConfigurationError: there are fewer than ``count``.
         """
-        left, singular, _ = svd(self.array, full_matrices=False)
+        left, singular, _ = svd(self.flattened(), full_matrices=False)
         rank = int((singular > _RANK * singular[0]).sum()) if singular.size else 0
         if count > rank:
             raise ConfigurationError(

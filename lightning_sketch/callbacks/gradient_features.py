@@ -23,7 +23,7 @@ from lightning_sketch.shadow.wrapping import check_trainer, count_examples
 class GradientFeatures(pl.Callback):
     """Record randomly projected gradients of every unit at a few points of training.
 
-    Their inner products, summed over the points, tell which units act alike. ``SketchCallback(design="gradient",
+    Their inner products tell which units act alike. ``SketchCallback(design="gradient",
     features=dirpath)`` measures along their leading eigenvectors, and ``DeletionPredictor(..., features=dirpath)`` may
     take them for a prior. Each point costs one pass over the train dataset and, for each batch, as much as a
     direction of degree 1 for each of its units. The run itself is left alone.
@@ -31,7 +31,7 @@ class GradientFeatures(pl.Callback):
     Args:
         dirpath: directory that the features are written to.
         at: points of training, as fractions of its optimizer steps; 0 is the initialisation, 1 the end.
-        projection: numbers kept for each unit.
+        projection: numbers kept for each unit and point.
         units: as in :class:`SketchCallback`, whose units they must be.
         loss: as in :class:`SketchCallback`.
         seed: of the random projections.
@@ -65,8 +65,9 @@ class GradientFeatures(pl.Callback):
 
     def _forget(self) -> None:
         self._of_example = np.zeros(0, dtype=np.int64)
-        self._due: list[tuple[int, int]] = []  # (optimizer step, which of `at`), those to come
-        self._features: torch.Tensor | None = None
+        self._due: list[int] = []  # optimizer steps of the points to come
+        self._loaded = False
+        self._features: list[torch.Tensor] = []  # one a point, (n, m)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -81,8 +82,8 @@ class GradientFeatures(pl.Callback):
         steps = trainer.estimated_stepping_batches
         if not np.isfinite(steps):
             raise ConfigurationError("GradientFeatures: training has no end to take fractions of: set `max_steps`.")
-        if self._features is None:  # nothing was resumed
-            self._due = [(round(a * int(steps)), i) for i, a in enumerate(self.at)]
+        if not self._loaded:
+            self._due = [round(a * int(steps)) for a in self.at]
         self._take(trainer, pl_module, trainer.global_step)
 
     @override
@@ -93,12 +94,10 @@ class GradientFeatures(pl.Callback):
         self._take(trainer, pl_module, trainer.global_step)
 
     def _take(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
-        while self._due and self._due[0][0] <= step:
-            _, point = self._due.pop(0)
-            # every point has a projection of its own, so that products of different points cancel in the sum
-            projection = CountSketch(self.projection, self.seed * len(self.at) + point)
-            found = project_gradients(trainer, module, self.weighting, self._of_example, projection)
-            self._features = found if self._features is None else self._features + found
+        while self._due and self._due[0] <= step:
+            self._due.pop(0)
+            projection = CountSketch(self.projection, self.seed)
+            self._features.append(project_gradients(trainer, module, self.weighting, self._of_example, projection))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,21 +107,20 @@ class GradientFeatures(pl.Callback):
                 f"GradientFeatures: training ended before {len(self._due) - 1} of the points `at` were reached."
             )
         if self._due:
-            self._due = [(0, self._due[-1][1])]
-            self._take(trainer, pl_module, 0)
-        assert self._features is not None
+            self._due = self._due[-1:]
+            self._take(trainer, pl_module, self._due[0])
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            UnitFeatures(self._features.numpy(), units_checksum(self._of_example)).save(self.dirpath)
+            UnitFeatures(torch.stack(self._features).numpy(), units_checksum(self._of_example)).save(self.dirpath)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Called where a checkpoint is saved: the features so far, as tensors and primitives."""
-        return {"due": self._due, "features": self._features}
+        return {"due": list(self._due), "features": list(self._features)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called before training is resumed."""
-        self._due, self._features = [tuple(d) for d in state_dict["due"]], state_dict["features"]
+        self._due, self._features, self._loaded = state_dict["due"], state_dict["features"], True
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

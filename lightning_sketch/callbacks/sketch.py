@@ -337,7 +337,7 @@ class SketchCallback(AroundTrainingStep):
         else:
             plain, projection = LossWeighting(self.weighting.loss, "batch"), CountSketch(PROJECTION, self.seed)
             found = project_gradients(trainer, module, plain, of_example, projection).numpy()
-            self._leading = torch.from_numpy(UnitFeatures(found, "").leading_directions(count))
+            self._leading = torch.from_numpy(UnitFeatures(found[None], "").leading_directions(count))
         return self._leading.numpy()
 
     def _announce(self, module: pl.LightningModule, optimizer: Optimizer) -> None:

@@ -20,7 +20,7 @@ from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting
 from lightning_sketch.shadow.wrapping import arguments_of, own_training_step
 
-PROJECTION = 1024  # numbers kept for each unit unless said otherwise
+PROJECTION = 1024  # numbers kept for each unit and point unless said otherwise
 _LARGEST = 256 << 20  # bytes of the gradients of units that one pass carries
 
 
@@ -67,7 +67,7 @@ def project_gradients(
         projection: of the gradients.
 
     Returns:
-        The projected gradient of the sum of every unit's losses, float64 on the CPU, ``(n, m)``.
+        The projected gradient of the sum of every unit's losses, float32 on the CPU, ``(n, m)``.
 
     Raises:
         ConfigurationError: if the dataset cannot be read by rows, or the loss not be split into examples.
@@ -94,7 +94,7 @@ def project_gradients(
                 verify_weighting(module, step, weighting, record, params)
             for some in _chunks(np.unique(units[units >= 0]), module):
                 features[some] += _of_units(start, module, weighting, record, some, projection).cpu()
-    return features
+    return features.float()
 
 
 def _value(loss: Tensor) -> Tensor:

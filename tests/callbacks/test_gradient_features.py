@@ -61,19 +61,17 @@ def projected(vectors: dict[str, np.ndarray], projection: CountSketch) -> np.nda
     return total.numpy()
 
 
-@pytest.mark.parametrize(("at", "point"), [([0], 0), ([0.5, 1.0], 1)])
-def test_features_are_projected_gradients(at: list[float], point: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [[0], [0.5, 1.0]])
+def test_features_are_projected_gradients(at: list[float], tmp_path: Path) -> None:
     """Oracle: autograd on one example at a time, before and after the training."""
     pl.seed_everything(1, verbose=False)
     start = Noisy()
     after, _ = fit(Noisy, [GradientFeatures(tmp_path, at, 64, units=UNITS)], loader(batch_size=5))
     found = UnitFeatures.load(tmp_path, UNIT_OF_ROW).array
-    if at == [0]:
-        expected = projected(gradients(start), CountSketch(64, 0))
-    else:
-        half, _ = fit(Noisy, [], loader(batch_size=5), epochs=1)
-        expected = projected(gradients(half), CountSketch(64, 0)) + projected(gradients(after), CountSketch(64, 1))
-    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+    half, _ = fit(Noisy, [], loader(batch_size=5), epochs=1)
+    modules = [start] if at == [0] else [half, after]
+    expected = [projected(gradients(m), CountSketch(64, 0)) for m in modules]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_projection_keeps_inner_products() -> None:
@@ -107,7 +105,7 @@ def test_points_are_fractions_of_the_optimizer_steps(tmp_path: Path, monkeypatch
 
     def count(trainer: Any, *args: Any) -> Tensor:
         taken.append(trainer.global_step)
-        return torch.zeros(4, 8, dtype=torch.float64)
+        return torch.zeros(4, 8)
 
     monkeypatch.setattr(gradient_features, "project_gradients", count)
     fit(Classifier, [GradientFeatures(tmp_path, (0, 0.25, 0.5, 1), 8, units=UNITS)], epochs=4)
@@ -115,7 +113,7 @@ def test_points_are_fractions_of_the_optimizer_steps(tmp_path: Path, monkeypatch
 
 
 def test_directions_are_leading_eigenvectors(tmp_path: Path) -> None:
-    """Oracle: numpy's eigenvectors of the Gram matrix."""
+    """Oracle: numpy's eigenvectors of the kernel with its ridge, from Gram matrices alone."""
     fit(Noisy, [GradientFeatures(tmp_path / "pilot", units=UNITS)])
     features = UnitFeatures.load(tmp_path / "pilot", UNIT_OF_ROW).array
     callback = SketchCallback(tmp_path / "s", 2, 1, design="gradient+common", units=UNITS, features=tmp_path / "pilot")
@@ -125,9 +123,11 @@ def test_directions_are_leading_eigenvectors(tmp_path: Path) -> None:
     directions = sketch.directions
     assert directions.shape == (5, 4)
     assert not directions.imag.any()
-    eigenvectors = np.linalg.eigh(features @ features.T)[1][:, ::-1]
+    grams = [g @ g.T for g in features.astype(np.float64)]
+    kernel = sum(g @ np.linalg.inv(g + np.trace(g) / 4 * np.eye(4)) for g in grams)
+    eigenvectors = np.linalg.eigh(kernel)[1][:, ::-1]
     overlap = np.abs(directions[:2].real @ eigenvectors[:, :2])
-    np.testing.assert_allclose(overlap, np.eye(2), atol=1e-10)
+    np.testing.assert_allclose(overlap, np.eye(2), atol=1e-6)
     np.testing.assert_allclose(directions[2], np.full(4, 0.5))
     np.testing.assert_allclose(directions[3:], directions[:2] + 0.5)
 
@@ -193,7 +193,7 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
         SketchCallback(tmp_path, design="basis", features=tmp_path)
     with pytest.raises(SketchError, match=FILE_NAME):
         fit(Classifier, [SketchCallback(tmp_path / "s", 2, design="gradient", features=tmp_path / "none")])
-    fit(Classifier, [GradientFeatures(tmp_path / "f", projection=2, units=UNITS)])
+    fit(Classifier, [GradientFeatures(tmp_path / "f", (1,), projection=2, units=UNITS)])
     with pytest.raises(ConfigurationError, match="other units"):
         fit(Classifier, [SketchCallback(tmp_path / "s", 2, design="gradient", features=tmp_path / "f")])
     with pytest.raises(ConfigurationError, match="2 independent directions"):
