@@ -15,7 +15,7 @@ from lightning_sketch.errors import (
     UnsupportedOperatorError,
 )
 from lightning_sketch.optim import StableAdamW
-from lightning_sketch.prediction import DeletionPredictor
+from lightning_sketch.prediction import DeletionPredictor, plan
 from lightning_sketch.sketch import Sketch
 
 __version__ = "0.1.0"
@@ -34,4 +34,5 @@ __all__ = [
     "SketchError",
     "StableAdamW",
     "UnsupportedOperatorError",
+    "plan",
 ]

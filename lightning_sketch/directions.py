@@ -226,6 +226,23 @@ def first_order_error(num_measurements: int, num_units: int) -> float:
     return math.sqrt(max(0.0, 1 - num_measurements / num_units) * num_units / num_measurements)
 
 
+def plain_steps(degree: int, *, real: bool) -> float:
+    """Return what one direction costs, in plain training steps per step of the run, by its operation count.
+
+    Order ``r`` of a product is two products with the primal and ``r - 1`` between coefficients; of complex numbers each
+    of the former is two real products, and each of the latter four.
+
+    Args:
+        degree: ``R``.
+        real: whether the direction is real.
+
+    Example:
+        >>> plain_steps(3, real=True), plain_steps(3, real=False)
+        (9.0, 24.0)
+    """
+    return 2 * degree + degree * (degree - 1) / 2 if real else 4.0 * degree + 2 * degree * (degree - 1)
+
+
 def parse_design(design: str) -> list[str]:
     """Return the names that a design joins.
 

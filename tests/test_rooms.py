@@ -7,6 +7,7 @@ import pytest
 
 import lightning_sketch
 import lightning_sketch.jets
+import lightning_sketch.metrics
 import lightning_sketch.prediction
 
 PACKAGE = Path(lightning_sketch.__file__).parent
@@ -20,6 +21,7 @@ ROOMS = [
     "shadow",
     "sketch",
     "prediction",
+    "metrics",
     "plotting",
     "callbacks",
     "__init__",
@@ -54,7 +56,9 @@ def test_modules_import_only_from_rooms_above(path):
             assert ROOMS.index(other) <= ROOMS.index(room(path)), f"{path.name} imports {name} from below"
 
 
-@pytest.mark.parametrize("module", [lightning_sketch, lightning_sketch.jets, lightning_sketch.prediction])
+@pytest.mark.parametrize(
+    "module", [lightning_sketch, lightning_sketch.jets, lightning_sketch.prediction, lightning_sketch.metrics]
+)
 def test_public_names_exist_and_are_documented(module):
     """Oracle: ``__all__``."""
     for name in module.__all__:

@@ -19,7 +19,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sketch.callbacks._examples import AroundTrainingStep, joint_order
-from lightning_sketch.directions import Directions, first_order_error, make_directions, parse_design, units_checksum
+from lightning_sketch.directions import (
+    Directions,
+    first_order_error,
+    make_directions,
+    parse_design,
+    plain_steps,
+    units_checksum,
+)
 from lightning_sketch.errors import ConfigurationError, InstabilityError, MemoryShortageError
 from lightning_sketch.features import UnitFeatures
 from lightning_sketch.jets.memory import collect_garbage, give_back_freed_memory
@@ -348,7 +355,7 @@ class SketchCallback(AroundTrainingStep):
         measurements = real + 2 * complex_
         self._state_tensors = count_state_tensors(optimizer)
         state = state_bytes(trained_bytes(module.parameters()), self._state_tensors, measurements, degree)
-        cost = real * (2 * degree + degree * (degree - 1) / 2) + complex_ * (4 * degree + 2 * degree * (degree - 1))
+        cost = real * plain_steps(degree, real=True) + complex_ * plain_steps(degree, real=False)
         error = first_order_error(measurements, n)
         rank_zero_info(
             f"SketchCallback: {n} units, {self._drawn.num_directions} directions ({real} real, {complex_} complex), "

@@ -1,6 +1,7 @@
 """Predict deletions from a sketch: estimators of a deletion's Taylor terms, and what they say of an output."""
 
 from lightning_sketch.prediction.effect import Effect, Prediction
+from lightning_sketch.prediction.planning import Plan, plan
 from lightning_sketch.prediction.predictor import DeletionPredictor
 
-__all__ = ["DeletionPredictor", "Effect", "Prediction"]
+__all__ = ["DeletionPredictor", "Effect", "Plan", "Prediction", "plan"]

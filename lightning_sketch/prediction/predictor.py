@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,9 @@ from lightning_sketch.shadow.record import call_with_tensors, differentiable_ker
 from lightning_sketch.shadow.scaling import scale_orders
 from lightning_sketch.shadow.weighting import LossWeighting, training_loss
 from lightning_sketch.sketch import Shard, Sketch
+
+if TYPE_CHECKING:
+    from lightning_sketch.metrics import Calibration
 
 Output = Callable[[Any, Any], Tensor]
 
@@ -84,6 +88,52 @@ class DeletionPredictor:
         assert baseline is not None, "a sketch has at least one direction"
         assert coefficients is not None
         return Effect(baseline, coefficients, self.sketch.directions, self.sketch.units)
+
+    def calibrate(
+        self, batch: Any, retrained: Mapping[tuple[int, ...], nn.Module | Mapping[str, Tensor]], level: float = 0.9
+    ) -> Calibration:
+        """Compare predictions with models that were really trained without some units (see :class:`Reweight`).
+
+        Args:
+            batch: as in :meth:`prepare`.
+            retrained: tuple of deleted units -> the module trained without them, or its ``state_dict``. Five sets of
+                the size that will be asked for tell honest intervals from idle ones; a score of ranks wants more.
+            level: of the intervals whose coverage is asked for.
+
+        Raises:
+            ConfigurationError: no model, or one that is not of the sketched class.
+        """
+        from lightning_sketch.metrics import calibrate  # its room is below this one
+
+        if not retrained:
+            raise ConfigurationError("`retrained` is empty: give at least one model trained without some units.")
+        tensors = [self._tensors_of(units, model) for units, model in retrained.items()]
+        prediction = self.prepare(batch).delete_many([list(units) for units in retrained])
+        return calibrate(prediction, torch.stack([self._output_of(each, batch) for each in tensors]), level)
+
+    def _tensors_of(self, units: tuple[int, ...], model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a retrained model that stand for those of the sketch."""
+        if not isinstance(units, tuple):
+            raise ConfigurationError(f"`retrained` has the key {units!r}: give a tuple of units, such as (3,).")
+        given = model.state_dict() if isinstance(model, nn.Module) else model
+        stored, tensors = self.module.state_dict(), dict(self.sketch.primal)
+        for name in tensors.keys() & stored.keys():  # the others are buffers that no state_dict holds
+            value = given.get(name)
+            if not isinstance(value, Tensor) or value.shape != tensors[name].shape:
+                raise ConfigurationError(
+                    f"`retrained[{units}]` has no `{name}` of shape {tuple(tensors[name].shape)}: give a module of the "
+                    "class that was sketched, or its `state_dict()`."
+                )
+            tensors[name] = value.detach().to(tensors[name].dtype)
+        return tensors
+
+    def _output_of(self, tensors: dict[str, Tensor], batch: Any) -> Tensor:
+        """The output with ``tensors`` in place of those of the sketch."""
+        device = next((t.device for t in self.module.parameters()), torch.device("cpu"))
+        constant = Shard(np.zeros(1, dtype=np.int64), {}, np.zeros(1, dtype=np.int64))
+        jet = self._run(constant, {name: t.to(device) for name, t in tensors.items()}, batch, device)
+        self._check(jet, batch)
+        return jet.primal.detach().cpu()
 
     def _run(self, shard: Shard, primal: dict[str, Tensor], batch: Any, device: torch.device) -> JetTensor:
         parts = next(iter(shard.scaled.values())).shape[1] if shard.scaled else 1
