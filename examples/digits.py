@@ -44,9 +44,12 @@ class DigitClassifier(pl.LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
 
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = F.cross_entropy(self.net(images), labels)
+        loss = F.cross_entropy(self(images), labels)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -90,7 +93,7 @@ def train(dataset: TensorDataset, callback: pl.Callback, progress: bool = False)
 def test_losses(model: DigitClassifier, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Return the loss of every test image."""
     with torch.no_grad():
-        return F.cross_entropy(model.net(batch[0]), batch[1], reduction="none")
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.prediction import queries
 from lightning_sketch.prediction.estimators import Estimator, make_estimator
 
 if TYPE_CHECKING:
@@ -175,25 +177,152 @@ class Effect:
         return self._predict(x, tuple(self.baseline.shape), estimator, degree)
 
     def delete_many(
-        self, sets: Sequence[Sequence[int]] | np.ndarray | Tensor, *, estimator: str = "auto", degree: int | None = None
+        self,
+        sets: Sequence[Sequence[int]] | np.ndarray | Tensor | None = None,
+        *,
+        examples: Sequence[Sequence[int]] | None = None,
+        estimator: str = "auto",
+        degree: int | None = None,
     ) -> Prediction:
-        """Predict ``m`` deletions in one contraction.
+        """Predict ``m`` deletions in one contraction, given in one of two ways.
 
         Args:
             sets: a list of lists of units; or an array of deletion weights ``x``, ``(m, n)``.
+            examples: a list of lists of rows of the training dataset; each must make up whole units.
             estimator: as in :meth:`delete`.
             degree: as in :meth:`delete`.
 
         Raises:
             ConfigurationError: any argument that can not be right.
         """
+        if (sets is None) is (examples is None):
+            raise ConfigurationError("give exactly one of `sets` and `examples`.")
         if isinstance(sets, np.ndarray | Tensor):
             x = self._check_weights(sets, (len(sets) if sets.ndim else 0, self.num_units))
         else:
-            x = np.zeros((len(sets), self.num_units))
-            for row, units in zip(x, sets, strict=True):
-                row[self._check_units(units)] = 1
+            if sets is not None:
+                rows = [self._check_units(units) for units in sets]
+            else:
+                rows = [self._units_of(rows_of_data) for rows_of_data in examples or []]
+            x = np.zeros((len(rows), self.num_units))
+            for row, units in zip(x, rows, strict=True):
+                row[units] = 1
         return self._predict(x, (len(x), *self.baseline.shape), estimator, degree)
+
+    def leave_one_out(self, *, estimator: str = "auto", degree: int | None = None) -> Prediction:
+        """Predict the deletion of each unit alone, in one contraction: row ``u`` of ``(n, *out)`` deletes unit ``u``.
+
+        Args:
+            estimator: as in :meth:`delete`.
+            degree: as in :meth:`delete`.
+        """
+        return self.delete_many(np.eye(self.num_units), estimator=estimator, degree=degree)
+
+    def reduce(self, weights: Tensor) -> "Effect":
+        """Return the effect on one number, ``sum(weights * output)``, with the standard errors of that number.
+
+        The errors of the entries of an output are correlated, so its standard error does not follow from theirs. An
+        estimator chooses its prior for that number, so where directions do not tell all, its prediction may differ a
+        little from the weighted sum of the predictions.
+
+        Args:
+            weights: ``(*out)``.
+
+        Raises:
+            ConfigurationError: weights of another shape, or that are not finite.
+        """
+        if not isinstance(weights, Tensor) or weights.shape != self.baseline.shape:
+            given = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ConfigurationError(
+                f"`weights` is {given}: give a tensor of the output's shape {tuple(self.baseline.shape)}."
+            )
+        flat = weights.detach().cpu().double().numpy().reshape(-1)
+        if not np.isfinite(flat).all():
+            raise ConfigurationError("`weights` holds NaN or infinity: give finite numbers.")
+        baseline = torch.tensor(flat @ self._baseline).to(self.baseline)
+        return Effect(baseline, torch.from_numpy(self._flat @ flat), self._directions, self._units)
+
+    def rank(
+        self, k: int = 10, of: str | Tensor = "mean", *, estimator: str = "auto", degree: int | None = None
+    ) -> "queries.Ranking":
+        """Find the units whose deletion alone raises or lowers an output most.
+
+        Of a loss, those that raise it are the most helpful units and those that lower it the most harmful; of a margin
+        or an accuracy it is the other way round.
+
+        Args:
+            k: how many units of either kind, at most ``n``.
+            of: ``"mean"`` over all entries of the output; weights ``(*out)`` of a sum over them; or ``"each"`` for a
+                ranking of its own for every entry.
+            estimator: as in :meth:`delete`.
+            degree: as in :meth:`delete`.
+
+        Raises:
+            ConfigurationError: any argument that can not be right.
+        """
+        effect = self if isinstance(of, str) and of == "each" else self._of(of)
+        return queries.rank(effect, k, estimator, degree)
+
+    def interaction(
+        self,
+        u: int | Sequence[int],
+        v: int | Sequence[int],
+        *,
+        estimator: str = "auto",
+        degree: int | None = None,
+    ) -> "queries.Interaction":
+        """Predict how far deleting two units differs from the sum of deleting each: ``f(u,v) - f(u) - f(v) + f(0)``.
+
+        Args:
+            u: a unit, or ``m`` of them.
+            v: another unit, or ``m`` of them: pairs are ``(u[i], v[i])``.
+            estimator: as in :meth:`delete`.
+            degree: as in :meth:`delete`, at least 2: the first order knows no interaction.
+
+        Raises:
+            ConfigurationError: any argument that can not be right.
+        """
+        return queries.interaction(self, u, v, estimator, degree)
+
+    def most_influential(
+        self,
+        m: int,
+        of: str | Tensor = "mean",
+        *,
+        toward: str = "up",
+        estimator: str = "auto",
+        degree: int | None = None,
+    ) -> "queries.InfluentialSet":
+        """Search for the ``m`` units whose joint deletion changes an output most.
+
+        The search is greedy on the predicted series: it deletes the unit that moves the output furthest, then the one
+        that does so beside it, and so on. It finds the best set where units do not interact, and a good one where they
+        interact weakly.
+
+        Args:
+            m: how many units, at most ``n``.
+            of: ``"mean"`` over all entries of the output, or weights ``(*out)`` of a sum over them.
+            toward: ``"up"`` raises the output, ``"down"`` lowers it.
+            estimator: as in :meth:`delete`.
+            degree: as in :meth:`delete`.
+
+        Raises:
+            ConfigurationError: any argument that can not be right.
+        """
+        return queries.most_influential(self._of(of), m, toward, estimator, degree)
+
+    @cached_property
+    def _mean(self) -> "Effect":
+        return self.reduce(torch.full_like(self.baseline, 1 / max(1, self.baseline.numel())))
+
+    def _of(self, of: str | Tensor) -> "Effect":
+        if isinstance(of, str):
+            if of != "mean":
+                raise ConfigurationError(
+                    f"`of` is {of!r}: give 'mean' or weights of the output's shape (to `rank` also 'each')."
+                )
+            return self._mean
+        return self.reduce(of)
 
     def _predict(self, x: np.ndarray, shape: tuple[int, ...], estimator: str, degree: int | None) -> Prediction:
         if degree is None:
