@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plot_prediction(prediction: Prediction, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-    """Draw the predicted changes of all outputs, sorted, with their 95 % intervals (``z stderr + truncation``).
+    """Draw the predicted changes of all outputs, sorted, with their 95 % intervals (:meth:`Prediction.interval`).
 
     Args:
         prediction: of any shape; its outputs are flattened.

@@ -30,6 +30,8 @@ def prediction():
         stderr=torch.full((2, 2), 0.01),
         by_degree=torch.stack([change + 1, change + 1]),
         truncation=torch.tensor([[0.03, 0.0], [0.0, 0.0]]),
+        reliable=torch.tensor(True),
+        resummed=change + 1,
     )
 
 
@@ -41,11 +43,11 @@ def bars(container):
 
 
 def test_a_prediction_is_drawn_sorted_with_its_interval(prediction):
-    """Oracle: the changes sorted by hand, and ``1.96 stderr + truncation``."""
+    """Oracle: the changes sorted by hand, and ``1.96 sqrt(stderr^2 + truncation^2)``."""
     figure, ax = plot_prediction(prediction)
     x, y, half = bars(ax.containers[0])
     np.testing.assert_allclose(y, [-0.2, 0.0, 0.1, 0.3], atol=1e-6)
-    np.testing.assert_allclose(half, [0.0196, 0.0196, 0.0196, 0.0496], atol=1e-4)
+    np.testing.assert_allclose(half, [0.0196, 0.0196, 0.0196, 0.0620], atol=1e-4)
     assert list(x) == [1, 2, 3, 4]
     assert ax.figure is figure
     assert "change" in ax.get_ylabel()

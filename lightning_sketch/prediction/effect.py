@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.prediction import queries
-from lightning_sketch.prediction.estimators import Estimator, make_estimator
+from lightning_sketch.prediction.estimators import FAILURE_PROBABILITY, Estimator, make_estimator
+from lightning_sketch.prediction.tail import resum, tail
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,14 @@ class Prediction:
         change: ``(*out)``, ``value - baseline``.
         stderr: ``(*out)``, standard error of ``change`` that comes from having sketched finitely many directions.
         by_degree: ``(degree, *out)``, the value predicted by the series up to each degree ``1..degree``.
-        truncation: ``(*out)``, size of the last Taylor term used, a warning of what the orders left out may hold.
+        truncation: ``(*out)``, standard deviation of what the orders left out may hold
+            (:func:`~lightning_sketch.prediction.tail.tail`).
+        reliable: bool, ``()`` or ``(m,)``: one answer for all outputs of a deletion. False if the prediction's error
+            may be as large as what the orders above the first change: the deletion is too large for the series, or the
+            directions are too few. Retrain then. A prediction of degree 1 can not know, and is never reliable.
+        resummed: ``(*out)``, ``value`` plus an estimate of the next order where the terms allow one
+            (:func:`~lightning_sketch.prediction.tail.resum`), else ``value``. Closer to the truth for slowly converging
+            series of many outputs; ``value`` is the plain sum, exact for a polynomial of the sketch's degree.
     """
 
     baseline: Tensor
@@ -46,16 +54,18 @@ class Prediction:
     stderr: Tensor
     by_degree: Tensor
     truncation: Tensor
+    reliable: Tensor
+    resummed: Tensor
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Return ``value -/+ (z stderr + truncation)``, with ``z`` the two-sided normal quantile of ``level``.
+        """Return ``value -/+ z sqrt(stderr^2 + truncation^2)``, ``z`` being the two-sided normal quantile of ``level``.
 
         Raises:
             ConfigurationError: ``level`` is not between 0 and 1.
         """
         if not 0 < level < 1:
             raise ConfigurationError(f"`level` is {level}: give a probability between 0 and 1.")
-        half = float(norm.ppf((1 + level) / 2)) * self.stderr + self.truncation
+        half = float(norm.ppf((1 + level) / 2)) * torch.hypot(self.stderr, self.truncation)
         return self.value - half, self.value + half
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
@@ -69,8 +79,10 @@ class Prediction:
             return f"Prediction(shape={tuple(self.change.shape)})"
         change, stderr, truncation = (float(t.double().mean()) for t in (self.change, self.stderr, self.truncation))
         mean = "mean " if self.change.numel() > 1 else ""
-        large = self.truncation.double().norm() > 0.5 * self.change.double().norm()
-        doubt = "; too large a deletion for this degree, better retrain" if large and len(self.by_degree) > 1 else ""
+        doubtful, count = int((~self.reliable).sum()), self.reliable.numel()
+        which = f"{doubtful} of {count} " if count > 1 else ""
+        remedy = "better retrain" if len(self.by_degree) > 1 else "use degree 2 or more, or retrain"
+        doubt = f"; {which}unreliable, {remedy}" if doubtful else ""
         return (
             f"Prediction(shape={tuple(self.change.shape)}, {mean}change={change:.4g} +- {stderr:.2g}, "
             f"truncation={truncation:.2g}{doubt})"
@@ -94,10 +106,10 @@ class Effect:
         ConfigurationError: shapes that do not fit each other, or numbers that are not finite.
 
     Example:
-        >>> coefficients = torch.tensor([[2.0, 3.0], [1.0, 0.0]], dtype=torch.complex128)  # orders 1, 2 along e_0, e_1
+        >>> coefficients = torch.tensor([[2.0, 3.0], [0.2, 0.0]], dtype=torch.complex128)  # orders 1, 2 along e_0, e_1
         >>> effect = Effect(torch.tensor(5.0), coefficients, np.eye(2), np.arange(2))
         >>> effect.delete(units=[0])
-        Prediction(shape=(), change=3 +- 0, truncation=1)
+        Prediction(shape=(), change=2.2 +- 0, truncation=0.02)
     """
 
     def __init__(self, baseline: Tensor, coefficients: Tensor, directions: np.ndarray, units: np.ndarray) -> None:
@@ -131,7 +143,7 @@ class Effect:
         self._examples_per_unit = np.bincount(units[units >= 0], minlength=self.num_units)
         self._baseline = self.baseline.cpu().double().numpy().reshape(-1)
         self._flat = self.coefficients.cpu().to(torch.complex128).numpy().reshape(self.degree, len(directions), -1)
-        self._estimators: dict[str, Estimator] = {}
+        self._estimators: dict[tuple[str, float], Estimator] = {}
 
     @property
     def degree(self) -> int:
@@ -151,6 +163,7 @@ class Effect:
         weights: ArrayLike | None = None,
         estimator: str = "auto",
         degree: int | None = None,
+        failure_probability: float = FAILURE_PROBABILITY,
     ) -> Prediction:
         """Predict one deletion, given in exactly one of three ways.
 
@@ -160,6 +173,7 @@ class Effect:
             weights: ``(n,)``, the deletion weight ``x`` of every unit.
             estimator: ``auto``, ``kernel``, ``mean`` or ``median_of_means``.
             degree: highest order used, ``1..R``; ``None`` is ``R``.
+            failure_probability: ``delta`` of ``median_of_means``, which decides its number of groups.
 
         Raises:
             ConfigurationError: any argument that can not be right.
@@ -174,7 +188,7 @@ class Effect:
         else:
             x = np.zeros((1, self.num_units))
             x[0, self._check_units(units) if units is not None else self._units_of(examples)] = 1
-        return self._predict(x, tuple(self.baseline.shape), estimator, degree)
+        return self._predict(x, tuple(self.baseline.shape), estimator, degree, failure_probability)
 
     def delete_many(
         self,
@@ -183,6 +197,7 @@ class Effect:
         examples: Sequence[Sequence[int]] | None = None,
         estimator: str = "auto",
         degree: int | None = None,
+        failure_probability: float = FAILURE_PROBABILITY,
     ) -> Prediction:
         """Predict ``m`` deletions in one contraction, given in one of two ways.
 
@@ -191,6 +206,7 @@ class Effect:
             examples: a list of lists of rows of the training dataset; each must make up whole units.
             estimator: as in :meth:`delete`.
             degree: as in :meth:`delete`.
+            failure_probability: as in :meth:`delete`.
 
         Raises:
             ConfigurationError: any argument that can not be right.
@@ -207,7 +223,7 @@ class Effect:
             x = np.zeros((len(rows), self.num_units))
             for row, units in zip(x, rows, strict=True):
                 row[units] = 1
-        return self._predict(x, (len(x), *self.baseline.shape), estimator, degree)
+        return self._predict(x, (len(x), *self.baseline.shape), estimator, degree, failure_probability)
 
     def leave_one_out(self, *, estimator: str = "auto", degree: int | None = None) -> Prediction:
         """Predict the deletion of each unit alone, in one contraction: row ``u`` of ``(n, *out)`` deletes unit ``u``.
@@ -324,14 +340,24 @@ class Effect:
             return self._mean
         return self.reduce(of)
 
-    def _predict(self, x: np.ndarray, shape: tuple[int, ...], estimator: str, degree: int | None) -> Prediction:
+    def _predict(
+        self,
+        x: np.ndarray,
+        shape: tuple[int, ...],
+        estimator: str,
+        degree: int | None,
+        failure_probability: float = FAILURE_PROBABILITY,
+    ) -> Prediction:
         if degree is None:
             degree = self.degree
         elif isinstance(degree, bool) or not isinstance(degree, Integral) or not 1 <= degree <= self.degree:
             raise ConfigurationError(f"`degree` is {degree!r}: this sketch has degrees 1 to {self.degree}.")
-        if estimator not in self._estimators:
-            self._estimators[estimator] = make_estimator(estimator, self._directions, self._flat)
-        terms, stderr = self._estimators[estimator](x, int(degree))
+        key = (estimator, failure_probability)
+        if key not in self._estimators:
+            self._estimators[key] = make_estimator(estimator, self._directions, self._flat, failure_probability)
+        terms, stderr = self._estimators[key].by_degree(x, int(degree))
+        profile = np.sqrt(np.mean(np.abs(self._flat[int(degree) - 1]) ** 2, axis=0))
+        truncation, reliable = tail(terms, np.diff(stderr, axis=0, prepend=0).clip(0), profile)
         change = terms.sum(axis=0)
 
         def tensor(array: np.ndarray, *leading: int) -> Tensor:
@@ -341,9 +367,11 @@ class Effect:
             baseline=self.baseline,
             value=tensor(change + self._baseline),
             change=tensor(change),
-            stderr=tensor(stderr),
+            stderr=tensor(stderr[-1]),
             by_degree=tensor(np.cumsum(terms, axis=0) + self._baseline, int(degree)),
-            truncation=tensor(np.abs(terms[-1])),
+            truncation=tensor(truncation),
+            resummed=tensor(change + resum(terms, reliable) + self._baseline),
+            reliable=torch.from_numpy(reliable).reshape(shape[: len(shape) - self.baseline.ndim]),
         )
 
     def _check_units(self, units: Sequence[int]) -> np.ndarray:

@@ -6,7 +6,8 @@ any number of deletions; it returns every term and the standard error of their s
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -19,30 +20,42 @@ from lightning_sketch.errors import ConfigurationError
 ESTIMATORS = ("auto", "kernel", "mean", "median_of_means")
 # The kernel's factors cost O(m^3) operations once and O(m^2) bytes per order; `auto` takes it up to this m.
 MAX_KERNEL_MEASUREMENTS = 4096
-# `delta` of the median of means.
+# Default `delta` of the median of means.
 FAILURE_PROBABILITY = 1e-3
-# Weights `a` of the common mode in the kernel's prior M = I + a 1 1^T.
-COMMON_MODE_GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+# Weights of a `Prior`.
+COMMON_MODE_GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+DIAGONAL_GRID = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+EFFECTS_GRID = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
-_MAX_LIKELIHOOD_ROWS = 512  # enough to choose `a`, and keeps the grid cheap beside the one full factorisation
-_MAX_LIKELIHOOD_OUTPUTS = 1024
+_MAX_LIKELIHOOD_ROWS = 256  # enough to choose a prior, and keeps the grids cheap beside the one full factorisation
+_MAX_LIKELIHOOD_OUTPUTS = 256
+_UNITS_AT_ONCE = 1024
+_NO_EFFECT = 1e-6  # first-order effects of an output, beside the largest, below which they may be rounding
 _REDUNDANT = 1e-10  # prior variance, of 1, that a measurement must add to those already used
 _ROUNDING = 1e-12  # part of a prior variance below which it is rounding: zero by construction
 
 
 class Estimator(Protocol):
-    """Maps deletions to Taylor terms and the standard error of their sum."""
+    """Maps deletions to Taylor terms and the standard errors of their sums."""
 
-    def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the terms of orders ``1..degree``, ``(degree, m, O)``, and their sum's standard error, ``(m, O)``.
+    def by_degree(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the terms of orders ``1..degree`` and the standard error of their sum up to each, ``(degree, m, O)``.
 
         Args:
             x: ``(m, n)`` float64, one deletion per row.
             degree: highest order used.
         """
 
+    def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the terms, ``(degree, m, O)``, and the standard error of their whole sum, ``(m, O)``."""
 
-def make_estimator(name: str, directions: np.ndarray, coefficients: np.ndarray) -> Estimator:
+
+def make_estimator(
+    name: str,
+    directions: np.ndarray,
+    coefficients: np.ndarray,
+    failure_probability: float = FAILURE_PROBABILITY,
+) -> Estimator:
     """Return the estimator of that name.
 
     Args:
@@ -50,6 +63,7 @@ def make_estimator(name: str, directions: np.ndarray, coefficients: np.ndarray) 
             measurements (2 per complex direction, 1 per real one) and the mean beyond.
         directions: ``(K, n)`` complex128.
         coefficients: ``(R, K, O)`` complex128.
+        failure_probability: ``delta`` of the median of means.
 
     Raises:
         ConfigurationError: unknown name, or directions that the estimator can not use.
@@ -71,7 +85,7 @@ def make_estimator(name: str, directions: np.ndarray, coefficients: np.ndarray) 
         return KernelEstimator(directions, coefficients)
     if name == "mean":
         return MeanEstimator(directions, coefficients)
-    return MedianOfMeansEstimator(directions, coefficients)
+    return MedianOfMeansEstimator(directions, coefficients, failure_probability)
 
 
 class MeanEstimator:
@@ -110,14 +124,19 @@ class MeanEstimator:
         self._directions = directions.copy()
         self._real, self._imag = coefficients.real.copy(), coefficients.imag.copy()
 
-    def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return terms ``(degree, m, O)`` and standard errors ``(m, O)`` of the deletions ``x``, ``(m, n)``."""
+    def by_degree(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return terms and standard errors of their sums up to each degree, ``(degree, m, O)``."""
         products = _matmul(x, self._directions.T)
         terms = np.empty((degree, len(x), self._real.shape[2]))
-        stderr = np.empty(terms.shape[1:])
+        stderr = np.empty(terms.shape)
         for row in range(len(x)):  # one deletion at a time: all samples of all deletions would not fit in memory
-            terms[:, row], stderr[row] = self._reduce(self._samples(products[row], degree))
+            terms[:, row], stderr[:, row] = self._reduce(self._samples(products[row], degree))
         return terms, stderr
+
+    def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return terms ``(degree, m, O)`` and standard errors ``(m, O)`` of the deletions ``x``, ``(m, n)``."""
+        terms, stderr = self.by_degree(x, degree)
+        return terms, stderr[-1]
 
     def _samples(self, products: np.ndarray, degree: int) -> np.ndarray:
         """Return ``e_jr``, ``(degree, K, O)``, of one deletion with ``psi_j . x = products[j]``."""
@@ -130,16 +149,16 @@ class MeanEstimator:
         return samples
 
     def _reduce(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        total = samples.sum(axis=0)
-        return samples.mean(axis=1), total.std(axis=0, ddof=1) / math.sqrt(len(total))
+        sums = samples.cumsum(axis=0)
+        return samples.mean(axis=1), sums.std(axis=1, ddof=1) / math.sqrt(samples.shape[1])
 
 
 class MedianOfMeansEstimator(MeanEstimator):
     """Median over groups of directions of the group's mean, order by order: robust against heavy tails.
 
-    The number of groups ``g`` is ``ceil(8 ln(1/delta))`` for the failure probability ``delta`` =
-    :data:`FAILURE_PROBABILITY`, and at most ``K // 2`` (Lugosi & Mendelson, *Mean estimation and regression under
-    heavy-tailed distributions*, theorem 2); groups are contiguous, so that orthonormal blocks stay together.
+    The number of groups ``g`` is ``ceil(8 ln(1/delta))`` for the failure probability ``delta``, and at most ``K // 2``
+    (Lugosi & Mendelson, *Mean estimation and regression under heavy-tailed distributions*, theorem 2); groups are
+    contiguous, so that orthonormal blocks stay together.
 
     The standard error is ``sqrt(pi / (2 g)) sd``, that of the median of ``g`` normal values, with ``sd`` the sample
     standard deviation over groups of the group's summed orders.
@@ -147,49 +166,94 @@ class MedianOfMeansEstimator(MeanEstimator):
     Args:
         directions: ``(K, n)`` complex128, of the designs ``sphere`` or ``orthonormal``; at least 4.
         coefficients: ``(R, K, O)`` complex128.
+        failure_probability: ``delta``, the probability that the error is beyond the guarantee; between 0 and 1.
 
     Raises:
-        ConfigurationError: a direction that is real or not of unit norm, or fewer than four directions.
+        ConfigurationError: a direction that is real or not of unit norm, fewer than four directions, or a
+            ``failure_probability`` out of its range.
     """
 
     _name = "median_of_means"
     _min_directions = 4
 
+    def __init__(
+        self,
+        directions: np.ndarray,
+        coefficients: np.ndarray,
+        failure_probability: float = FAILURE_PROBABILITY,
+    ) -> None:
+        super().__init__(directions, coefficients)
+        if not 0 < failure_probability < 1:
+            raise ConfigurationError(
+                f"`failure_probability` is {failure_probability}: give a number between 0 and 1, such as 0.001."
+            )
+        self._failure_probability = failure_probability
+
     def _reduce(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         num_directions = samples.shape[1]
-        num_groups = min(math.ceil(8 * math.log(1 / FAILURE_PROBABILITY)), num_directions // 2)
+        num_groups = min(math.ceil(8 * math.log(1 / self._failure_probability)), num_directions // 2)
         starts = np.arange(num_groups) * num_directions // num_groups
         sizes = np.diff(starts, append=num_directions)
         means = np.add.reduceat(samples, starts, axis=1) / sizes[:, None]
-        spread = means.sum(axis=0).std(axis=0, ddof=1)
+        spread = means.cumsum(axis=0).std(axis=1, ddof=1)
         return np.median(means, axis=1), math.sqrt(math.pi / (2 * num_groups)) * spread
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Covariance of the numbers ``<F_r, u^(x r)>``, up to the output's own scale ``s_r^2``.
+
+    ``k(u, v) = (u . M v)^r + b sum_i (u_i v_i)^r`` with ``M = (I + a 1 1^T + g Phi Phi^T) / (1 + a + g)``.
+
+    Args:
+        common: ``a``, what all units share ("less data").
+        diagonal: ``b``, what a unit does by itself, ``F_r[u, .., u]``, beyond what it does together with others;
+            without meaning at order 1.
+        effects: ``g``, what units of like first-order effects share. ``Phi``, ``(n, O)``, holds the first-order effects
+            of the units on the outputs, every output scaled alike and to a mean of 1 on the diagonal of ``Phi Phi^T``.
+            For one output it says that the output is nearly a function of its own first-order change.
+    """
+
+    common: float = 0.0
+    diagonal: float = 0.0
+    effects: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Order:
     """One order's factors: with the covariances ``k`` of a query, ``k^T G^-1 k = |whitener @ k|^2``."""
 
-    common: float  # a of M = I + a 1 1^T
+    prior: Prior
     rows: np.ndarray  # (p,) which of the measurements [Re c_1 .. Re c_K, Im c_1 .. Im c_K] are used
     whitener: np.ndarray  # (p, p)
     whitened: np.ndarray  # (p, O), whitener @ y
-    variance: np.ndarray  # (O,), s_r^2
+    scale: np.ndarray  # (O,), s_r
 
 
 class KernelEstimator:
     """Gaussian-process regression of ``F_r`` on the measurements, independently per order; mixes any designs.
 
-    Prior: ``F_r`` is Gaussian in ``Sym^r`` with ``cov(<F_r, u^(x r)>, <F_r, v^(x r)>) = s_r^2 (u . M v)^r`` and
-    ``M = I + a 1 1^T``. Measurements are ``Re c_jr`` and, for complex directions, ``Im c_jr``. With their Gram matrix
-    ``G``, values ``y`` and covariances ``k`` with the deletion ``x``, the term is ``k^T G^-1 y`` and its variance
-    ``s_r^2 ((x . M x)^r - k^T G^-1 k)`` (Rasmussen & Williams, *Gaussian Processes for Machine Learning*, equations
-    2.25 and 2.26); ``s_r^2 = y^T G^-1 y / p`` per output, and ``a`` per order, shared by the outputs, maximise the
-    marginal likelihood (equation 2.30). Where the directions span the deletion the term is exact and its variance zero.
+    Prior: ``F_r`` is Gaussian in ``Sym^r`` with ``cov(<F_r, u^(x r)>, <F_r, v^(x r)>) = s_r^2 k(u, v)``, ``k`` a
+    :class:`Prior`. Measurements are ``Re c_jr`` and, for complex directions, ``Im c_jr``. With their Gram matrix ``G``,
+    values ``y`` and covariances ``k`` with the deletion ``x``, the term is ``k^T G^-1 y`` and its variance
+    ``s_r^2 (k(x, x) - k^T G^-1 k)`` (Rasmussen & Williams, *Gaussian Processes for Machine Learning*, equations 2.25
+    and 2.26), with ``s_r^2 = y^T G^-1 y / p`` per output. Where the directions span the deletion the term is exact and
+    its variance zero, whatever the prior. Standard errors of orders are added, not their squares: what the directions
+    did not see of one order they did not see of the next, and the errors of orders were found to have the same sign
+    (``examples/benchmarks/README.md``).
+
+    The prior of an order, shared by the outputs, is chosen among three kinds of growing richness: with ``a``; with
+    ``a, b``; with ``a, b, g``. Within a kind the weights, zero included, maximise the marginal likelihood (equation
+    2.30) on grids, one weight after the other; among kinds the best is that which best predicts every stored direction
+    from the others (:meth:`_Fit.held_out_density`).
 
     Measurements may depend on each other: more directions than units always do at order 1. A Cholesky factorisation
     with diagonal pivoting keeps ``p`` independent ones and leaves out those that they determine (LAPACK ``dpstrf``;
     Higham, *Accuracy and Stability of Numerical Algorithms*, section 10.3). So ``G`` needs no jitter, which would blur
     exact answers and decide the marginal likelihood, and ``p`` counts what was really measured.
+
+    Directions and deletions are scaled to ``u . M conj(u) = 1`` before any power is taken and the powers of the scales
+    are put back at the end, so that high orders of large sets stay within float64.
 
     Args:
         directions: ``(K, n)`` complex128.
@@ -197,120 +261,310 @@ class KernelEstimator:
     """
 
     def __init__(self, directions: np.ndarray, coefficients: np.ndarray) -> None:
-        self._real = not directions.imag.any()
-        self._directions = directions.real.copy() if self._real else directions.copy()
-        self._sums = self._directions.sum(axis=1)
-        self._coefficients = coefficients
+        norms = np.linalg.norm(directions, axis=1)
+        if not norms.any():
+            raise ConfigurationError("`directions` are all zero, which measures nothing: sketch along others.")
+        self._norms = np.where(norms > 0, norms, 1)[:, None]
+        unit = directions / self._norms
+        self._directions = unit if directions.imag.any() else unit.real.copy()
+        self._coefficients = coefficients if directions.imag.any() else coefficients.real
+        self._known: dict[bool, _Vectors] = {}
+        self._effects: np.ndarray | None = None
         self._orders: dict[int, _Order] = {}
+
+    def by_degree(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return terms and standard errors of their sums up to each degree, ``(degree, m, O)``."""
+        norms = np.linalg.norm(x, axis=1)[:, None]
+        unit = x / np.where(norms > 0, norms, 1)
+        terms = np.empty((degree, len(x), self._coefficients.shape[2]))
+        errors = np.empty(terms.shape)
+        for r in range(1, degree + 1):
+            order = self._order(r)
+            known, asked = self._vectors(order.prior), _Vectors(unit, self._effects if order.prior.effects else None)
+            sizes = norms * asked.sizes(order.prior)[:, None]  # sqrt(x . M x)
+            k = _measurements(_Pairs(known, asked, r).kernel(order.prior))[order.rows]
+            z = _matmul(k.T, order.whitener.T)
+            terms[r - 1] = _times_power(_matmul(z, order.whitened), sizes, r)
+            prior = asked.variance(order.prior, r)
+            left = prior - np.einsum("mp,mp->m", z, z)
+            left[left < _ROUNDING * prior] = 0
+            errors[r - 1] = _times_power(np.sqrt(left)[:, None] * order.scale, sizes, r)
+        return terms, errors.cumsum(axis=0)
 
     def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
         """Return terms ``(degree, m, O)`` and standard errors ``(m, O)`` of the deletions ``x``, ``(m, n)``."""
-        products, sums, squares = _matmul(x, self._directions.T), x.sum(axis=1), np.einsum("mn,mn->m", x, x)
-        terms = np.empty((degree, len(x), self._coefficients.shape[2]))
-        variance = np.zeros(terms.shape[1:])
-        for r in range(1, degree + 1):
-            order = self._order(r)
-            inner = _power(products + order.common * sums[:, None] * self._sums, r)  # (psi . M x)^r
-            z = _matmul(_measurements(inner.T)[order.rows].T, order.whitener.T)
-            terms[r - 1] = _matmul(z, order.whitened)
-            prior = (squares + order.common * sums**2) ** r  # (x . M x)^r
-            left = prior - np.einsum("mp,mp->m", z, z)
-            left[left < _ROUNDING * prior] = 0
-            variance += left[:, None] * order.variance
-        return terms, np.sqrt(variance)
+        terms, stderr = self.by_degree(x, degree)
+        return terms, stderr[-1]
 
     def _order(self, r: int) -> _Order:
         if r not in self._orders:
             self._orders[r] = self._factor(r)
         return self._orders[r]
 
+    def _vectors(self, prior: Prior) -> "_Vectors":
+        """Return the directions with what the prior needs of them."""
+        with_effects = prior.effects > 0
+        if with_effects not in self._known:
+            self._known[with_effects] = _Vectors(self._directions, self._effects_of_units() if with_effects else None)
+        return self._known[with_effects]
+
+    def _effects_of_units(self) -> np.ndarray:
+        """Return ``Phi``, ``(n, q)``, of at most :data:`_MAX_LIKELIHOOD_OUTPUTS` outputs that change at all."""
+        if self._effects is None:
+            n = self._directions.shape[1]
+            order = self._order(1)
+            linear = order.whitener.T @ order.whitened[:, _few_outputs(order.whitened)]  # G^-1 y
+            effects = np.empty((n, linear.shape[1]))
+            for start in range(0, n, _UNITS_AT_ONCE):
+                units = _Vectors(np.eye(min(_UNITS_AT_ONCE, n - start), n, start))
+                k = _measurements(_Pairs(self._vectors(Prior()), units, 1).kernel(order.prior))[order.rows]
+                effects[start : start + k.shape[1]] = (k * units.sizes(order.prior)).T @ linear
+            norms = np.linalg.norm(effects, axis=0)
+            effects = effects[:, norms > _NO_EFFECT * norms.max(initial=0)]
+            if effects.size:
+                effects *= math.sqrt(n / effects.shape[1]) / np.linalg.norm(effects, axis=0)
+            self._effects = effects
+        return self._effects
+
     def _factor(self, r: int) -> _Order:
-        values = _measurements(self._coefficients[r - 1])
-        inner = _InnerProducts(self._directions)
-        rows, scale, factor = _independent_rows(inner, r, 0.0)
-        few = slice(_MAX_LIKELIHOOD_ROWS)
-        common = _choose_common(self._directions, rows[few], values[rows[few]], r)
-        if common:
-            rows, scale, factor = _independent_rows(inner, r, common)
+        values = _measurements(_times_power(self._coefficients[r - 1], 1 / self._norms, r))
+        rows = _independent_rows(_Gram(self._vectors(Prior()), r), Prior())[0]
+        effects = self._effects_of_units() if r > 1 and any(EFFECTS_GRID) else None
+        prior = _choose_prior(self._directions, effects, r, rows[:_MAX_LIKELIHOOD_ROWS], values)
+        known = self._vectors(prior)
+        rows, scale, factor = _independent_rows(_Gram(known, r), prior)
         whitener = solve_triangular(factor, np.eye(len(rows)), lower=True) * scale
-        whitened = whitener @ values[rows]
-        return _Order(common, rows, whitener, whitened, np.mean(whitened**2, axis=0))
+        sizes = known.sizes(prior)[rows % len(self._directions), None]
+        whitened = whitener @ _times_power(values[rows], 1 / sizes, r)
+        largest = np.abs(whitened).max(axis=0, initial=0)
+        largest[largest == 0] = 1
+        return _Order(prior, rows, whitener, whitened, largest * np.sqrt(np.mean((whitened / largest) ** 2, axis=0)))
 
 
-class _InnerProducts:
-    """Inner products of directions, from which the Gram matrix of any order and prior follows."""
+class _Vectors:
+    """Vectors ``u`` in unit space, and what the priors' ``u . M conj(u)`` are made of.
 
-    def __init__(self, directions: np.ndarray) -> None:
-        sums = directions.sum(axis=1)
-        self._real = not np.iscomplexobj(directions)
-        self._plain, self._plain_sums = directions @ directions.T, np.outer(sums, sums)
-        if not self._real:
-            self._hermitian, self._hermitian_sums = directions @ directions.conj().T, np.outer(sums, sums.conj())
+    Args:
+        array: ``(k, n)``, real or complex.
+        effects: ``(n, q)``, ``Phi``; None where no prior uses it.
+    """
 
-    def __len__(self) -> int:
-        return len(self._plain)
+    def __init__(self, array: np.ndarray, effects: np.ndarray | None = None) -> None:
+        self.array = array
+        self.sums = array.sum(axis=1)
+        self.shared = np.zeros((len(array), 0)) if effects is None else _matmul(array, effects)
 
-    def gram(self, r: int, common: float) -> np.ndarray:
-        """Return the Gram matrix of the measurements ``[Re c, Im c]``; only ``Re`` if all directions are real."""
-        a = _power(self._plain + common * self._plain_sums, r)  # (Psi M Psi^T)^r
-        if self._real:
+    def conj(self) -> "_Vectors":
+        other = _Vectors(self.array.conj())
+        other.shared = self.shared.conj()
+        return other
+
+    def sizes(self, prior: Prior) -> np.ndarray:
+        """Return ``sqrt(u . M conj(u))``, ``(k,)``; 1 for ``u = 0``."""
+        square = (np.abs(self.array) ** 2).sum(axis=1) + prior.common * np.abs(self.sums) ** 2
+        size = np.sqrt((square + prior.effects * (np.abs(self.shared) ** 2).sum(axis=1)) / _total(prior))
+        return np.where(size > 0, size, 1)
+
+    def variance(self, prior: Prior, r: int) -> np.ndarray:
+        """Return ``k(u, u)``, ``(k,)``, of real vectors, scaled to ``u . M u = 1``."""
+        result: np.ndarray = np.where(self.array.any(axis=1), 1.0, 0.0)
+        if prior.diagonal and r > 1:
+            powers = _power(self.array / self.sizes(prior)[:, None], r)
+            result += prior.diagonal * np.einsum("kn,kn->k", powers, powers)
+        return result
+
+
+class _Pairs:
+    """The kernels of order ``r`` of any prior between two sets of vectors; contracts each pair of them once."""
+
+    def __init__(self, left: _Vectors, right: _Vectors, r: int) -> None:
+        self.left, self.right, self.r = left, right, r
+
+    @cached_property
+    def _plain(self) -> np.ndarray:
+        return _matmul(self.left.array, self.right.array.T)
+
+    @cached_property
+    def _shared(self) -> np.ndarray:
+        return _matmul(self.left.shared, self.right.shared.T)
+
+    @cached_property
+    def _powers(self) -> np.ndarray:
+        return _matmul(_power(self.left.array, self.r), _power(self.right.array, self.r).T)
+
+    def kernel(self, prior: Prior) -> np.ndarray:
+        """Return ``k(u, v)``, ``(left, right)``, of vectors scaled to ``u . M conj(u) = 1``."""
+        left, right = self.left.sizes(prior)[:, None], self.right.sizes(prior)
+        inner = self._plain
+        if prior.common:
+            inner = inner + prior.common * np.outer(self.left.sums, self.right.sums)
+        if prior.effects:
+            inner = inner + prior.effects * self._shared
+        result = _power(inner / (_total(prior) * left * right), self.r)
+        if prior.diagonal and self.r > 1:
+            result = result + prior.diagonal * (self._powers / left**self.r / right**self.r)
+        return result
+
+
+class _Gram:
+    """The Gram matrices of order ``r`` of any prior of the measurements ``[Re c, Im c]`` along some directions."""
+
+    def __init__(self, directions: _Vectors, r: int) -> None:
+        self.directions, self.r = directions, r
+        self._pairs = _Pairs(directions, directions, r)
+        self._conjugate = _Pairs(directions, directions.conj(), r) if np.iscomplexobj(directions.array) else None
+
+    def __call__(self, prior: Prior) -> np.ndarray:
+        """Return ``(2 K, 2 K)``; only ``Re``, ``(K, K)``, if all directions are real."""
+        a = self._pairs.kernel(prior)
+        if self._conjugate is None:
             return a
-        b = _power(self._hermitian + common * self._hermitian_sums, r)  # (Psi M Psi^H)^r
+        b = self._conjugate.kernel(prior)
         return np.block([[a.real + b.real, a.imag - b.imag], [a.imag + b.imag, b.real - a.real]]) / 2
 
 
-def _independent_rows(inner: _InnerProducts, r: int, common: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _total(prior: Prior) -> float:
+    return 1 + prior.common + prior.effects
+
+
+def _independent_rows(gram_of: _Gram, prior: Prior) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return measurements that determine all others, most informative first, and the factor of their Gram matrix.
 
     Returns:
         The rows ``(p,)``, ``1 / sd`` of each under the prior ``(p,)``, and the lower Cholesky factor ``(p, p)`` of the
         Gram matrix that these scale to unit diagonal.
     """
-    gram = inner.gram(r, common)
+    gram = gram_of(prior)
     diagonal = np.diagonal(gram)
-    size = diagonal.reshape(-1, len(inner)).sum(axis=0)  # Re plus Im: (psi . M conj(psi))^r
-    kept = np.flatnonzero(diagonal > _ROUNDING * np.tile(size, len(diagonal) // len(inner)))
-    if not len(kept):
-        raise ConfigurationError("`directions` are all zero, which measures nothing: sketch along others.")
+    kept = np.flatnonzero(diagonal > _ROUNDING)
     scale = 1 / np.sqrt(diagonal[kept])
     factor, pivots, rank, _ = dpstrf(gram[np.ix_(kept, kept)] * scale * scale[:, None], tol=_REDUNDANT, lower=1)
     chosen = pivots[:rank] - 1
     return kept[chosen], scale[chosen], np.tril(factor[:rank, :rank])
 
 
-def _choose_common(directions: np.ndarray, rows: np.ndarray, y: np.ndarray, r: int) -> float:
-    """Return the ``a`` of the grid that maximises the marginal likelihood, with ``s_r^2`` of each output profiled out.
+def _choose_prior(
+    directions: np.ndarray, effects: np.ndarray | None, r: int, rows: np.ndarray, values: np.ndarray
+) -> Prior:
+    """Return the prior of an order, as :class:`KernelEstimator` says.
 
     Args:
-        directions: ``(K, n)``.
-        rows: ``(p,)``, the measurements used; independent, so that ``G`` is regular for every ``a``.
-        y: ``(p, O)``, their values.
+        directions: ``(K, n)``, of unit norm.
+        effects: ``Phi`` or None.
         r: order.
+        rows: ``(p,)``, the measurements used; independent, so that ``G`` is regular for every prior.
+        values: ``(m, O)``, all measurements.
     """
-    y = y[:, y.any(axis=0)]  # an output that never changes has s_r = 0 and says nothing of `a`
-    y = y[:, :: max(1, y.shape[1] // _MAX_LIKELIHOOD_OUTPUTS)]
+    y = values[rows]
+    y = y[:, y.any(axis=0)]  # an output that never changes has s_r = 0 and says nothing of the prior
+    if not y.size:
+        return Prior()
+    y = y[:, _few_outputs(y)]
     y = y / np.abs(y).max(axis=0)  # so that no square below underflows
     used, position = np.unique(rows % len(directions), return_inverse=True)
     part = position + len(used) * (rows // len(directions))
-    inner = _InnerProducts(directions[used])
-    best, best_likelihood = 0.0, -math.inf
-    for common in COMMON_MODE_GRID:
-        gram = inner.gram(r, common)[np.ix_(part, part)]
+    gram = _Gram(_Vectors(directions[used], effects), r)
+    fits: dict[Prior, _Fit | None] = {}
+
+    def fit(prior: Prior) -> _Fit | None:
+        if prior not in fits:
+            fits[prior] = _Fit.of(gram, prior, part, position, y)
+        return fits[prior]
+
+    def likelihood(prior: Prior) -> float:
+        found = fit(prior)
+        return -math.inf if found is None else found.likelihood
+
+    grids: dict[str, tuple[float, ...]] = {"common": COMMON_MODE_GRID}
+    if r > 1:
+        grids |= {"diagonal": DIAGONAL_GRID, "effects": EFFECTS_GRID}
+    best = Prior(**{name: min(grid) for name, grid in grids.items()})
+    kinds: list[Prior] = []
+    active: list[str] = []
+    for name in grids:
+        active.append(name)
+        for _ in range(2):
+            for weight in reversed(active):
+                best = max((replace(best, **{weight: value}) for value in grids[weight]), key=likelihood)
+        kinds.append(best)
+
+    def held_out(prior: Prior) -> float:
+        found = fit(prior)
+        return -math.inf if found is None else found.held_out_density()
+
+    return max(dict.fromkeys(kinds), key=held_out)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The regression on some measurements under one prior."""
+
+    inverse: np.ndarray  # (p, p), G^-1
+    linear: np.ndarray  # (p, O), G^-1 y
+    quadratic: np.ndarray  # (O,), y^T G^-1 y
+    direction: np.ndarray  # (p,), of each measurement
+    likelihood: float
+
+    @classmethod
+    def of(cls, gram_of: _Gram, prior: Prior, part: np.ndarray, direction: np.ndarray, y: np.ndarray) -> "_Fit | None":
+        """Return the fit, or None where ``G`` is singular to rounding: the prior drowns what tells measurements apart.
+
+        Args:
+            gram_of: of the directions.
+            prior: the prior.
+            part: ``(p,)``, rows of the Gram matrix.
+            direction: ``(p,)``, the direction of each.
+            y: ``(p, O)``.
+        """
+        gram = gram_of(prior)[np.ix_(part, part)]
+        spread = np.sqrt(np.diagonal(gram))
         try:
-            factor = cholesky(gram, lower=True)
-        except LinAlgError:  # the common mode drowns what tells measurements apart, as does any larger
-            break
-        variance = np.mean(solve_triangular(factor, y, lower=True) ** 2, axis=0)
-        # log p(y | a) = -1/2 (p log s^2 + log det G) + const, summed over outputs
-        likelihood = -len(y) * np.log(variance).sum() / 2 - y.shape[1] * np.log(np.diagonal(factor)).sum()
-        if likelihood > best_likelihood:
-            best, best_likelihood = common, likelihood
-    return best
+            factor = cholesky(gram / np.outer(spread, spread), lower=True)
+        except LinAlgError:
+            return None
+        # A common factor of the scales is a factor of s, and would only underflow.
+        log_scale = -gram_of.r * np.log(gram_of.directions.sizes(prior)[direction]) - np.log(spread)
+        log_scale -= log_scale.max()
+        root = solve_triangular(factor, np.diag(np.exp(log_scale)), lower=True)
+        whitened = root @ y
+        quadratic = np.maximum((whitened**2).sum(axis=0), np.finfo(np.float64).tiny)
+        # log p(y) = -1/2 (p log s^2 + log det G) + const, summed over outputs, with s^2 = y^T G^-1 y / p
+        half_log_det = np.log(np.diagonal(factor)).sum() - log_scale.sum()
+        likelihood = -len(y) * np.log(quadratic / len(y)).sum() / 2 - y.shape[1] * half_log_det
+        return cls(root.T @ root, root.T @ whitened, quadratic, direction, float(likelihood))
+
+    def held_out_density(self) -> float:
+        """Return the log density of every direction's measurements given those of all others, summed.
+
+        With ``B`` the direction's block of ``G^-1`` and ``alpha`` its part of ``G^-1 y``, its measurements miss their
+        prediction by ``B^-1 alpha``, of covariance ``s^2 B^-1`` (Rasmussen & Williams, equations 5.10 to 5.13, there
+        for one measurement; two belong to a complex direction).
+        """
+        scale = self.quadratic / len(self.linear)
+        density = -len(self.linear) * float(np.log(scale).sum()) / 2
+        for j in range(int(self.direction.max()) + 1):
+            rows = np.flatnonzero(self.direction == j)
+            block, alpha = self.inverse[np.ix_(rows, rows)], self.linear[rows]
+            missed = (alpha * np.linalg.solve(block, alpha)).sum(axis=0)
+            density -= float((missed / scale - np.linalg.slogdet(block)[1]).sum()) / 2
+        return density
+
+
+def _few_outputs(values: np.ndarray) -> slice:
+    return slice(None, None, -(-values.shape[-1] // _MAX_LIKELIHOOD_OUTPUTS) or 1)
+
+
+def _times_power(values: np.ndarray, base: np.ndarray, exponent: int) -> np.ndarray:
+    """Return ``values * base^exponent``, in two halves: the power alone may be more than float64 holds."""
+    half = exponent // 2
+    result: np.ndarray = values * base**half * base ** (exponent - half)
+    return result
 
 
 def _matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Multiply by torch, whose threads wait for each other far less than numpy's where the processor is shared."""
-    product: np.ndarray = (torch.from_numpy(a.astype(b.dtype, copy=False)) @ torch.from_numpy(b)).numpy()
+    dtype = np.result_type(a, b)
+    product: np.ndarray = (torch.from_numpy(a.astype(dtype)) @ torch.from_numpy(b.astype(dtype))).numpy()
     return product
 
 

@@ -50,7 +50,9 @@ def test_a_deletion_of_any_output_shape_and_dtype(out, dtype):
     np.testing.assert_allclose(prediction.by_degree, partial_sums, **tolerance)
     np.testing.assert_allclose(prediction.change, terms.sum(axis=0), **tolerance)
     np.testing.assert_allclose(prediction.value, polynomial.baseline.reshape(out) + terms.sum(axis=0), **tolerance)
-    np.testing.assert_allclose(prediction.truncation, np.abs(terms[2]), **tolerance)
+    assert (prediction.truncation > 0).all()
+    assert prediction.reliable.shape == ()
+    assert prediction.reliable.dtype == torch.bool
     np.testing.assert_allclose(prediction.stderr, np.zeros(out), atol=1e-5)
     for field in (prediction.baseline, prediction.value, prediction.change, prediction.stderr, prediction.truncation):
         assert field.dtype == dtype
@@ -78,9 +80,10 @@ def test_delete_many_stacks_single_deletions(estimator, degree):
     assert many.value.shape == (4, 2, 3)
     for i, units in enumerate(sets):
         one = effect.delete(units, estimator=estimator, degree=degree)
-        for field in ("value", "change", "stderr", "truncation"):
+        for field in ("value", "change", "stderr", "truncation", "resummed"):
             torch.testing.assert_close(getattr(many, field)[i], getattr(one, field))
         torch.testing.assert_close(many.by_degree[:, i], one.by_degree)
+        assert many.reliable[i] == one.reliable
     torch.testing.assert_close(many.value[1], effect.baseline, atol=0, rtol=0)
     torch.testing.assert_close(many.stderr[1], torch.zeros(2, 3, dtype=torch.float64), atol=0, rtol=0)
 
@@ -110,10 +113,10 @@ def test_examples_are_deleted_by_whole_units():
 def test_interval_holds_sampling_error_and_truncation():
     """Oracle: the formula with the textbook quantiles 1.959964 and 1.644854."""
     prediction = Polynomial((3,), n=8).effect("sphere", 5).delete([0, 2])
-    assert prediction.stderr.min() > 0
+    assert min(prediction.stderr.min(), prediction.truncation.min()) > 0
     for level, z in ((0.95, 1.959964), (0.90, 1.644854)):
         low, high = prediction.interval(level)
-        half = z * prediction.stderr + prediction.truncation
+        half = z * (prediction.stderr**2 + prediction.truncation**2).sqrt()
         torch.testing.assert_close(low, prediction.value - half, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(high, prediction.value + half, rtol=1e-5, atol=1e-6)
     for level in (0, 1, 95):
@@ -126,20 +129,32 @@ def test_a_lower_degree_is_the_head_of_the_series():
     effect = Polynomial((3,)).effect()
     full, second = effect.delete([1, 2]), effect.delete([1, 2], degree=2)
     torch.testing.assert_close(second.by_degree, full.by_degree[:2])
-    torch.testing.assert_close(second.truncation, (full.by_degree[1] - full.by_degree[0]).abs())
     torch.testing.assert_close(second.value, full.by_degree[1])
 
 
 def test_repr_is_short_and_human():
     """Oracle: the sentence itself."""
-    coefficients = torch.tensor([[[2.0, 4.0]], [[1.0, 1.0]]], dtype=torch.complex128)
+    coefficients = torch.tensor([[[2.0, 4.0]], [[0.2, 0.4]]], dtype=torch.complex128)  # terms fall by 1/10
     effect = Effect(torch.zeros(2), coefficients, np.eye(1), np.zeros(1, dtype=int))
-    assert repr(effect.delete([0])) == "Prediction(shape=(2,), mean change=4 +- 0, truncation=1)"
-    doubtful = repr(effect.delete(weights=[4.0]))
-    assert doubtful == (
-        "Prediction(shape=(2,), mean change=28 +- 0, truncation=16; "
-        "too large a deletion for this degree, better retrain)"
-    )
+    assert repr(effect.delete([0])) == "Prediction(shape=(2,), mean change=3.3 +- 0, truncation=0.03)"
+    doubtful = repr(effect.delete(weights=[6.0]))  # terms fall by 6/10: those left out may be as large as the last
+    assert doubtful == "Prediction(shape=(2,), mean change=28.8 +- 0, truncation=8.1; unreliable, better retrain)"
+    many = repr(effect.delete_many(np.array([[0.1], [6.0], [4.0]])))
+    assert many.endswith("; 1 of 3 unreliable, better retrain)")
+    first = repr(effect.delete([0], degree=1))
+    assert first.endswith("; unreliable, use degree 2 or more, or retrain)")
+
+
+def test_the_failure_probability_reaches_the_median_of_means():
+    """Oracle: the estimates of two probabilities, which differ, and that of the default, which the mean's is not."""
+    effect = Polynomial((3,), n=8).effect("sphere", 200)
+    few = effect.delete([0, 2], estimator="median_of_means", failure_probability=0.5)
+    many = effect.delete([0, 2], estimator="median_of_means")
+    assert (few.change != many.change).all()
+    again = effect.delete_many([[0, 2]], estimator="median_of_means", failure_probability=0.5)
+    torch.testing.assert_close(again.change[0], few.change, atol=0, rtol=0)
+    with pytest.raises(ConfigurationError, match="`failure_probability`"):
+        effect.delete([0], estimator="median_of_means", failure_probability=2)
 
 
 @pytest.mark.parametrize(

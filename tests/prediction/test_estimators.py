@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 from lightning_sketch.directions import make_directions
 from lightning_sketch.errors import ConfigurationError
@@ -16,6 +17,10 @@ from lightning_sketch.prediction.estimators import (
     KernelEstimator,
     MeanEstimator,
     MedianOfMeansEstimator,
+    Prior,
+    _Fit,
+    _Gram,
+    _Vectors,
     make_estimator,
 )
 
@@ -166,6 +171,21 @@ def test_median_of_means_withstands_heavy_tails():
     assert np.abs(robust - truth).max() < 1.0 < 100 < np.abs(plain - truth).min()
 
 
+def test_median_of_means_takes_its_failure_probability():
+    """Oracle: ``ceil(8 ln(1/delta))`` groups of equal size, numpy's median."""
+    rng = np.random.default_rng(19)
+    tensors, x = symmetric_tensors(rng, 3, degree=1), deletions(rng, 1)
+    groups = math.ceil(8 * math.log(1 / 0.1))  # 19
+    psi = draw("sphere", 10 * groups)
+    coefficients = contract(tensors, psi)
+    terms, _ = make_estimator("median_of_means", psi, coefficients, 0.1)(x, 1)
+    e = N * (coefficients[0] * (psi @ x[0])[:, None].conj()).real
+    np.testing.assert_allclose(terms[0, 0], np.median(e.reshape(groups, 10, 3).mean(axis=1), axis=0), rtol=1e-10)
+    for wrong in (0, 1, -0.1, math.nan):
+        with pytest.raises(ConfigurationError, match="`failure_probability`"):
+            make_estimator("median_of_means", psi, coefficients, wrong)
+
+
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
 
@@ -204,63 +224,198 @@ def test_kernel_is_exact_on_what_was_measured_though_not_all_was():
     assert estimator(random, 2)[1].min() > 1e-3
 
 
-def explicit_gp(psi, coefficients, x, r, a):
-    """Return term, standard error and log likelihood of one order by regression on all monomials of degree r."""
-    n, root = psi.shape[1], common_root(a, psi.shape[1])
+def fix_prior(monkeypatch, prior):
+    """Leave the estimator one prior to choose from."""
+    for name, weight in (
+        ("COMMON_MODE_GRID", prior.common),
+        ("DIAGONAL_GRID", prior.diagonal),
+        ("EFFECTS_GRID", prior.effects),
+    ):
+        monkeypatch.setattr(estimators, name, (weight,))
 
-    def features(vectors):
-        columns = []
-        for index in itertools.combinations_with_replacement(range(n), r):
-            counts = np.bincount(index, minlength=n)
-            multinomial = math.factorial(r) / math.prod(math.factorial(c) for c in counts)
-            columns.append(math.sqrt(multinomial) * np.prod((vectors @ root)[:, list(index)], axis=1))
-        return np.stack(columns, axis=1)
 
-    design = np.concatenate([features(psi).real, features(psi).imag])
+def explicit_features(vectors, r, prior, effects):
+    """Return features ``phi`` with ``phi(u) . phi(v) = (u . M v)^r + b sum_i (u_i v_i)^r``: monomials, and powers."""
+    n = vectors.shape[1]
+    m = np.eye(n) + prior.common * np.ones((n, n)) + (prior.effects * effects @ effects.T if r > 1 else 0)
+    values, rotation = np.linalg.eigh(m / (1 + prior.common + (prior.effects if r > 1 else 0)))
+    rotated = vectors @ rotation * np.sqrt(values)
+    columns = []
+    for index in itertools.combinations_with_replacement(range(n), r):
+        counts = np.bincount(index, minlength=n)
+        multinomial = math.factorial(r) / math.prod(math.factorial(c) for c in counts)
+        columns.append(math.sqrt(multinomial) * np.prod(rotated[:, list(index)], axis=1))
+    if r > 1:
+        columns += list(math.sqrt(prior.diagonal) * vectors.T**r)
+    return np.stack(columns, axis=1)
+
+
+def explicit_gp(psi, coefficients, x, r, prior, effects=None):
+    """Return term, standard error and log likelihood of one order by regression on explicit features."""
+    features = explicit_features(psi, r, prior, effects if effects is not None else np.zeros((psi.shape[1], 1)))
+    design = np.concatenate([features.real, features.imag])
     y = np.concatenate([coefficients.real, coefficients.imag])
     u, s, vt = np.linalg.svd(design, full_matrices=False)
     rank = int((s > 1e-9 * s[0]).sum())
     u, s, vt = u[:, :rank], s[:rank], vt[:rank]
     whitened = (u.T @ y) / s[:, None]
     variance = (whitened**2).mean(axis=0)
-    phi = features(x)
+    phi = explicit_features(x, r, prior, effects if effects is not None else np.zeros((psi.shape[1], 1)))
     left = (phi**2).sum(axis=1) - ((phi @ vt.T) ** 2).sum(axis=1)
     likelihood = -rank / 2 * np.log(variance).sum() - y.shape[1] * np.log(s).sum()
     return phi @ vt.T @ whitened, np.sqrt(np.maximum(left, 0)[:, None] * variance), likelihood
 
 
-@pytest.mark.parametrize("a", [0.0, 0.3])
+PRIORS = [Prior(), Prior(0.3), Prior(0.3, 3.0), Prior(0.1, 2.0, 5.0)]
+
+
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize(
     ("design", "count"), [("sphere", 5), ("basis", 1), ("basis+common", 1), ("sphere+basis", 4), ("common", 1)]
 )
-def test_kernel_equals_a_gaussian_process_in_the_explicit_feature_space(monkeypatch, design, count, a):
-    """Oracle: pseudo-inverse regression on all monomials of degree r; term and standard error, prior fixed."""
-    monkeypatch.setattr(estimators, "COMMON_MODE_GRID", (a,))
+def test_kernel_equals_a_gaussian_process_in_the_explicit_feature_space(monkeypatch, design, count, prior):
+    """Oracle: pseudo-inverse regression on explicit features; terms and standard errors, prior fixed."""
+    fix_prior(monkeypatch, prior)
     rng = np.random.default_rng(7)
     tensors, x = symmetric_tensors(rng, 3), rng.standard_normal((4, N))
     psi = draw(design, count)
     coefficients = contract(tensors, psi)
-    terms, stderr = KernelEstimator(psi, coefficients)(x, 3)
-    expected = [explicit_gp(psi, coefficients[r - 1], x, r, a) for r in (1, 2, 3)]
+    terms, stderr = KernelEstimator(psi, coefficients).by_degree(x, 3)
+    effects = explicit_gp(psi, coefficients[0], np.eye(N), 1, prior)[0]
+    effects *= math.sqrt(N / effects.shape[1]) / np.linalg.norm(effects, axis=0)
+    expected = [explicit_gp(psi, coefficients[r - 1], x, r, prior, effects) for r in (1, 2, 3)]
     np.testing.assert_allclose(terms, [e[0] for e in expected], atol=1e-9)
-    total = np.sqrt(sum(e[1] ** 2 for e in expected))
-    np.testing.assert_allclose(stderr, total, rtol=1e-6, atol=1e-6)
-    assert total.max() > 0.1
+    np.testing.assert_allclose(stderr, np.cumsum([e[1] for e in expected], axis=0), rtol=1e-5, atol=1e-5)
+    assert stderr[-1].max() > 0.1
 
 
-@pytest.mark.parametrize("design", ["sphere", "basis+common"])
-@pytest.mark.parametrize("true_a", [0.0, 0.3, 3.0])
-def test_kernel_chooses_the_prior_of_highest_marginal_likelihood(design, true_a):
-    """Oracle: the likelihood in the explicit feature space, where redundant measurements need no choice of rows."""
+def fits(psi, coefficients, r, prior, effects=None):
+    """Return a ``_Fit`` on the independent measurements of an order, and their rows."""
+    gram = _Gram(_Vectors(psi, effects), r)
+    rows = estimators._independent_rows(gram, Prior())[0]
+    y = np.concatenate([coefficients[r - 1].real, coefficients[r - 1].imag])[rows]
+    return _Fit.of(gram, prior, rows, rows % len(psi), y), rows, y
+
+
+@pytest.mark.parametrize("design", ["sphere", "sphere+basis"])
+@pytest.mark.parametrize("r", [1, 2, 3])
+def test_likelihood_against_the_explicit_feature_space(design, r):
+    """Oracle: the likelihood of regression on explicit features; differences, for constants are left out."""
     rng = np.random.default_rng(8)
-    tensors, x = symmetric_tensors(rng, 6, root=common_root(true_a)), rng.standard_normal((5, N))
-    psi = draw(design, 8)  # at order 1 both designs hold more measurements than dimensions
+    effects = rng.standard_normal((N, 4)) / 2
+    psi = draw(design, 5)
+    coefficients = contract(symmetric_tensors(rng, 6), psi)
+    ours = [fits(psi, coefficients, r, prior, effects)[0].likelihood for prior in PRIORS[: 2 if r == 1 else 4]]
+    explicit = [explicit_gp(psi, coefficients[r - 1], np.eye(N), r, prior, effects)[2] for prior in PRIORS[: len(ours)]]
+    np.testing.assert_allclose(np.diff(ours), np.diff(explicit), rtol=1e-6, atol=1e-6)
+    assert np.abs(np.diff(ours)).min() > 0.01
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+@pytest.mark.parametrize("design", ["sphere", "sphere+basis"])
+def test_held_out_density_against_refits(design, prior):
+    """Oracle: each direction's measurements conditioned on all others, one dense Gaussian after the other."""
+    rng = np.random.default_rng(20)
+    effects = rng.standard_normal((N, 4)) / 2
+    psi = draw(design, 5)
+    coefficients = contract(symmetric_tensors(rng, 3), psi)
+    fit, rows, y = fits(psi, coefficients, 2, prior, effects)
+    features = explicit_features(psi, 2, prior, effects)
+    features = np.concatenate([features.real, features.imag])[rows]
+    gram = features @ features.T
+    scale = np.einsum("po,po->o", y, np.linalg.solve(gram, y)) / len(y)
+    density = 0.0
+    for j in range(len(psi)):
+        left_out = rows % len(psi) == j
+        weights = np.linalg.solve(gram[np.ix_(~left_out, ~left_out)], gram[np.ix_(~left_out, left_out)])
+        covariance = gram[np.ix_(left_out, left_out)] - gram[np.ix_(left_out, ~left_out)] @ weights
+        for o in range(y.shape[1]):
+            mean = weights.T @ y[~left_out, o]
+            density += multivariate_normal(mean, scale[o] * covariance).logpdf(y[left_out, o])
+    constant = -y.size * math.log(2 * math.pi) / 2
+    assert fit.held_out_density() + constant == pytest.approx(density, rel=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("design", ["sphere", "basis+sphere"])
+def test_kernel_chooses_its_prior_as_it_says(monkeypatch, design, seed):
+    """Oracle: the likelihoods of all priors of small grids in the explicit feature space, and the held-out density."""
+    grids = {"COMMON_MODE_GRID": (0.0, 1.0), "DIAGONAL_GRID": (0.0, 10.0), "EFFECTS_GRID": (0.0, 3.0)}
+    for name, grid in grids.items():
+        monkeypatch.setattr(estimators, name, grid)
+    rng = np.random.default_rng(30 + seed)
+    tensors = with_diagonal(symmetric_tensors(rng, 8, degree=2, root=common_root(float(seed % 2))), rng, 5.0 * seed)
+    psi = draw(design, 6)
+    psi = psi / np.linalg.norm(psi, axis=1, keepdims=True)
     coefficients = contract(tensors, psi)
     estimator = KernelEstimator(psi, coefficients)
-    estimator(x, 3)
-    for r in (1, 2, 3):
-        likelihoods = [explicit_gp(psi, coefficients[r - 1], x, r, a)[2] for a in estimators.COMMON_MODE_GRID]
-        assert estimator._order(r).common == estimators.COMMON_MODE_GRID[int(np.argmax(likelihoods))]
+    chosen, effects = estimator._order(2).prior, estimator._effects_of_units()
+    best_of_kinds = []
+    for kind in (1, 2, 3):
+        weights = itertools.product(*[grid if i < kind else (0.0,) for i, grid in enumerate(grids.values())])
+        priors = [Prior(*w) for w in weights]
+        likelihoods = [explicit_gp(psi, coefficients[1], np.eye(N), 2, prior, effects)[2] for prior in priors]
+        best_of_kinds.append(priors[int(np.argmax(likelihoods))])
+    densities = [fits(psi, coefficients, 2, prior, effects)[0].held_out_density() for prior in best_of_kinds]
+    assert chosen == best_of_kinds[int(np.argmax(densities))]
+
+
+def with_diagonal(tensors, rng, weight):
+    """Add ``sqrt(weight) z`` to the entries ``F_r[u, .., u]`` of orders above the first."""
+    for r, tensor in enumerate(tensors[1:], start=2):
+        for unit in range(N):
+            tensor[(slice(None), *[unit] * r)] += math.sqrt(weight) * rng.standard_normal(len(tensor))
+    return tensors
+
+
+@pytest.mark.parametrize("design", ["sphere", "sphere+common"])
+def test_kernel_finds_what_units_do_by_themselves(monkeypatch, design):
+    """Oracle: tensors with a strong diagonal; without it in the prior, errors are larger and bars too short."""
+    rng = np.random.default_rng(21)
+    tensors = with_diagonal(symmetric_tensors(rng, 60), rng, 30.0)
+    psi = draw(design, 7)
+    coefficients, truth = contract(tensors, psi), contract(tensors, np.eye(N)).sum(axis=0)
+    ours = KernelEstimator(psi, coefficients)
+    terms, stderr = ours(np.eye(N), 3)
+    assert ours._order(2).prior.diagonal >= 3
+    monkeypatch.setattr(estimators, "DIAGONAL_GRID", (0.0,))
+    without, short = KernelEstimator(psi, coefficients)(np.eye(N), 3)
+    error, error_without = np.linalg.norm(terms.sum(0) - truth), np.linalg.norm(without.sum(0) - truth)
+    assert error < 0.8 * error_without
+    assert error_without > 1.3 * np.linalg.norm(short)
+    assert error == pytest.approx(np.linalg.norm(stderr), rel=0.4)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_kernel_finds_that_units_of_like_effects_interact(monkeypatch, outputs):
+    """Oracle: ``f_o(x) = h(v_o . x)``, whose every order follows the first; without it in the prior, worse by far."""
+    rng, n = np.random.default_rng(22), 20
+    slopes = rng.standard_normal((outputs, n)) / math.sqrt(n)
+    psi = draw("basis+common", 1, n=n)
+
+    def truth(vectors):
+        return np.stack([(vectors @ slopes.T) ** r for r in (1, 2, 3)])
+
+    x = deletions(rng, 30, n)
+    estimator = KernelEstimator(psi, truth(psi))
+    error = np.linalg.norm((estimator(x, 3)[0] - truth(x))[1])
+    assert estimator._order(2).prior.effects > 0
+    monkeypatch.setattr(estimators, "EFFECTS_GRID", (0.0,))
+    assert error < 0.5 * np.linalg.norm((KernelEstimator(psi, truth(psi))(x, 3)[0] - truth(x))[1])
+
+
+def test_kernel_does_not_believe_in_effects_that_say_nothing():
+    """Oracle: the errors of the isotropic prior, under which these tensors were drawn."""
+    rng, n = np.random.default_rng(23), 12
+    tensors = symmetric_tensors(rng, 40, degree=2, n=n)
+    psi, x = draw("sphere", 20, n=n), deletions(rng, 20, n)
+    coefficients, truth = contract(tensors, psi), contract(tensors, x)
+    chosen = KernelEstimator(psi, coefficients)
+    error = np.linalg.norm(chosen(x, 2)[0] - truth)
+    with pytest.MonkeyPatch.context() as patch:
+        fix_prior(patch, Prior())
+        isotropic = np.linalg.norm(KernelEstimator(psi, coefficients)(x, 2)[0] - truth)
+    assert error < 1.1 * isotropic
 
 
 def test_the_right_prior_narrows_the_error_bars(monkeypatch):
@@ -271,24 +426,56 @@ def test_the_right_prior_narrows_the_error_bars(monkeypatch):
     coefficients = contract(tensors, psi)
     chosen = KernelEstimator(psi, coefficients)
     narrow = np.median(chosen(x, 3)[1])
-    monkeypatch.setattr(estimators, "COMMON_MODE_GRID", (0.0,))
+    fix_prior(monkeypatch, Prior())
     assert narrow < 0.8 * np.median(KernelEstimator(psi, coefficients)(x, 3)[1])
 
 
-@pytest.mark.parametrize(("design", "count", "a"), [("sphere", 8, 0.0), ("sphere", 8, 1.0), ("basis+common", 1, 0.3)])
-def test_kernel_error_bars_are_calibrated(design, count, a):
-    """Oracle: 3,000 functions drawn from the prior; error over standard error has unit variance."""
+@pytest.mark.parametrize(
+    ("design", "count", "a", "b"),
+    [("sphere", 8, 0.0, 0.0), ("sphere", 8, 1.0, 0.0), ("basis+common", 1, 0.3, 0.0), ("sphere", 8, 0.3, 10.0)],
+)
+@pytest.mark.parametrize("r", [2, 3])
+def test_kernel_error_bars_are_calibrated(design, count, a, b, r):
+    """Oracle: 3,000 functions drawn from the prior; error over standard error of each order has unit variance."""
     rng = np.random.default_rng(10)
-    tensors = symmetric_tensors(rng, 3000, root=common_root(a))
+    tensors = with_diagonal(symmetric_tensors(rng, 3000, root=common_root(a)), rng, b * (1 + a) ** r)
     x = np.concatenate([deletions(rng, 4), rng.standard_normal((4, N))])
     psi = draw(design, count)
-    terms, stderr = KernelEstimator(psi, contract(tensors, psi))(x, 3)
-    errors = terms.sum(axis=0) - contract(tensors, x).sum(axis=0)
-    informative = stderr.mean(axis=1) > 1e-3
+    terms, stderr = KernelEstimator(psi, contract(tensors, psi)).by_degree(x, r)
+    errors, bars = (terms - contract(tensors, x)[:r])[-1], np.diff(stderr, axis=0)[-1]
+    informative = bars.mean(axis=1) > 1e-3
     assert informative.sum() >= 5
-    z = (errors / stderr)[informative]
+    z = (errors / np.where(bars > 0, bars, 1))[informative]
     assert np.sqrt((z**2).mean()) == pytest.approx(1, abs=0.12)
     assert 0.92 < (np.abs(z) < 1.96).mean() < 0.97
+
+
+def test_standard_errors_of_orders_are_added():
+    """Oracle: the bars of one order alone, the other's coefficients being zero."""
+    rng = np.random.default_rng(24)
+    psi, x = draw("sphere", 8), deletions(rng, 5)
+    coefficients = contract(symmetric_tensors(rng, 4), psi)
+    both = KernelEstimator(psi, coefficients)
+    alone = np.diff(both.by_degree(x, 3)[1], axis=0, prepend=0)
+    np.testing.assert_allclose(both(x, 3)[1], alone.sum(axis=0), rtol=1e-12)
+    second = KernelEstimator(psi, coefficients * np.array([1, 1, 0])[:, None, None])(x, 3)[1]
+    np.testing.assert_allclose(second, alone[:2].sum(axis=0), rtol=1e-12)
+    assert alone[1:].min() > 0
+
+
+@pytest.mark.parametrize("design", ["indicator", "indicator+basis", "indicator+sphere"])
+def test_high_orders_of_large_sets(design):
+    """Oracle: the coefficients along the set itself; ``(psi . psi)^r`` is 3,000^100 there, beyond float64."""
+    n, degree = 3200, 100
+    psi = draw(design, 2, sets=[list(range(3000))], n=n)[:40]
+    rng = np.random.default_rng(25)
+    coefficients = rng.standard_normal((degree, len(psi), 2)) + 0j
+    coefficients[:, 1:] *= (np.linalg.norm(psi[1:], axis=1) / 55)[:, None] ** np.arange(1, degree + 1)[:, None, None]
+    x = np.zeros((1, n))
+    x[0, :3000] = 1
+    terms, stderr = KernelEstimator(psi, coefficients)(x, degree)
+    np.testing.assert_allclose(terms[:, 0], coefficients[:, 0].real, rtol=1e-6)
+    assert np.isfinite(stderr).all()
 
 
 def test_measurements_that_are_zero_by_construction_are_left_out():
@@ -320,6 +507,7 @@ def test_a_prior_that_drowns_the_measurements_is_passed_over(monkeypatch):
     tensors, x = symmetric_tensors(rng, 2, degree=1), np.eye(N)
     psi = np.ones((N, N), dtype=complex) + 1e-3 * np.eye(N)
     isotropic = KernelEstimator(psi, contract(tensors, psi))(x, 1)[0]
+    fix_prior(monkeypatch, Prior())
     monkeypatch.setattr(estimators, "COMMON_MODE_GRID", (0.0, 1e14))
     np.testing.assert_allclose(KernelEstimator(psi, contract(tensors, psi))(x, 1)[0], isotropic, atol=1e-9)
     np.testing.assert_allclose(isotropic, contract(tensors, x), atol=1e-8)
@@ -356,7 +544,7 @@ def test_an_output_that_never_changes_is_predicted_without_error():
     psi = draw("sphere", 4)
     estimator = KernelEstimator(psi, contract(tensors, psi))
     alone = estimator(x, 3)
-    assert estimator._order(3).common > 0
+    assert estimator._order(3).prior.common > 0
     tensors = [np.concatenate([t, 0 * t]) for t in tensors]
     terms, stderr = KernelEstimator(psi, contract(tensors, psi))(x, 3)
     assert not terms[..., 2:].any()
