@@ -101,6 +101,8 @@ class Effect:
             dtype.
         directions: ``(K, n)`` complex128.
         units: ``(num_examples,)`` integers, the unit of each training example, -1 for none.
+        features: ``(n, q)`` float64, whose inner products are a prior covariance of the units that the kernel estimator
+            may use (:meth:`~lightning_sketch.features.UnitFeatures.flattened`); or None.
 
     Raises:
         ConfigurationError: shapes that do not fit each other, or numbers that are not finite.
@@ -112,7 +114,14 @@ class Effect:
         Prediction(shape=(), change=2.2 +- 0, truncation=0.02)
     """
 
-    def __init__(self, baseline: Tensor, coefficients: Tensor, directions: np.ndarray, units: np.ndarray) -> None:
+    def __init__(
+        self,
+        baseline: Tensor,
+        coefficients: Tensor,
+        directions: np.ndarray,
+        units: np.ndarray,
+        features: np.ndarray | None = None,
+    ) -> None:
         directions = np.asarray(directions, dtype=np.complex128)
         shape = tuple(baseline.shape)
         if not baseline.is_floating_point():
@@ -136,10 +145,13 @@ class Effect:
             raise ConfigurationError(
                 f"`units` must give each example an integer below {directions.shape[1]}, the columns of `directions`."
             )
+        if features is not None and (features.ndim != 2 or len(features) != directions.shape[1]):
+            raise ConfigurationError(f"`features` has shape {features.shape}: give ({directions.shape[1]}, q).")
         self.baseline = baseline.detach()
         self.coefficients = coefficients.detach()
         self._directions = directions
         self._units = units
+        self._features = features
         self._examples_per_unit = np.bincount(units[units >= 0], minlength=self.num_units)
         self._baseline = self.baseline.cpu().double().numpy().reshape(-1)
         self._flat = self.coefficients.cpu().to(torch.complex128).numpy().reshape(self.degree, len(directions), -1)
@@ -256,7 +268,7 @@ class Effect:
         if not np.isfinite(flat).all():
             raise ConfigurationError("`weights` holds NaN or infinity: give finite numbers.")
         baseline = torch.tensor(flat @ self._baseline).to(self.baseline)
-        return Effect(baseline, torch.from_numpy(self._flat @ flat), self._directions, self._units)
+        return Effect(baseline, torch.from_numpy(self._flat @ flat), self._directions, self._units, self._features)
 
     def rank(
         self, k: int = 10, of: str | Tensor = "mean", *, estimator: str = "auto", degree: int | None = None
@@ -354,7 +366,9 @@ class Effect:
             raise ConfigurationError(f"`degree` is {degree!r}: this sketch has degrees 1 to {self.degree}.")
         key = (estimator, failure_probability)
         if key not in self._estimators:
-            self._estimators[key] = make_estimator(estimator, self._directions, self._flat, failure_probability)
+            self._estimators[key] = make_estimator(
+                estimator, self._directions, self._flat, failure_probability, self._features
+            )
         terms, stderr = self._estimators[key].by_degree(x, int(degree))
         profile = np.sqrt(np.mean(np.abs(self._flat[int(degree) - 1]) ** 2, axis=0))
         truncation, reliable = tail(terms, np.diff(stderr, axis=0, prepend=0).clip(0), profile)

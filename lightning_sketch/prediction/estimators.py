@@ -6,6 +6,7 @@ any number of deletions; it returns every term and the standard error of their s
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -25,6 +26,7 @@ FAILURE_PROBABILITY = 1e-3
 # Weights of a `Prior`.
 COMMON_MODE_GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DIAGONAL_GRID = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+GRADIENTS_GRID = (0.0, 1.0, 10.0, 100.0, 1000.0)
 EFFECTS_GRID = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 _MAX_LIKELIHOOD_ROWS = 256  # enough to choose a prior, and keeps the grids cheap beside the one full factorisation
@@ -55,6 +57,7 @@ def make_estimator(
     directions: np.ndarray,
     coefficients: np.ndarray,
     failure_probability: float = FAILURE_PROBABILITY,
+    features: np.ndarray | None = None,
 ) -> Estimator:
     """Return the estimator of that name.
 
@@ -64,6 +67,7 @@ def make_estimator(
         directions: ``(K, n)`` complex128.
         coefficients: ``(R, K, O)`` complex128.
         failure_probability: ``delta`` of the median of means.
+        features: ``(n, q)`` float64, features of the units for the prior of the kernel; or None.
 
     Raises:
         ConfigurationError: unknown name, or directions that the estimator can not use.
@@ -82,7 +86,7 @@ def make_estimator(
                 "that the mean can not use: pass `estimator='kernel'`, slow at first, or sketch fewer directions."
             )
     if name == "kernel":
-        return KernelEstimator(directions, coefficients)
+        return KernelEstimator(directions, coefficients, features)
     if name == "mean":
         return MeanEstimator(directions, coefficients)
     return MedianOfMeansEstimator(directions, coefficients, failure_probability)
@@ -203,7 +207,7 @@ class MedianOfMeansEstimator(MeanEstimator):
 class Prior:
     """Covariance of the numbers ``<F_r, u^(x r)>``, up to the output's own scale ``s_r^2``.
 
-    ``k(u, v) = (u . M v)^r + b sum_i (u_i v_i)^r`` with ``M = (I + a 1 1^T + g Phi Phi^T) / (1 + a + g)``.
+    ``k(u, v) = (u . M v)^r + b sum_i (u_i v_i)^r``, ``M = (I + a 1 1^T + g Phi Phi^T + h Gamma Gamma^T) / (1+a+g+h)``.
 
     Args:
         common: ``a``, what all units share ("less data").
@@ -212,11 +216,14 @@ class Prior:
         effects: ``g``, what units of like first-order effects share. ``Phi``, ``(n, O)``, holds the first-order effects
             of the units on the outputs, every output scaled alike and to a mean of 1 on the diagonal of ``Phi Phi^T``.
             For one output it says that the output is nearly a function of its own first-order change.
+        gradients: ``h``, what units of like gradients share. ``Gamma``, ``(n, q)``, holds features of the units, scaled
+            to a mean of 1 on the diagonal of ``Gamma Gamma^T``; 0 where there are none.
     """
 
     common: float = 0.0
     diagonal: float = 0.0
     effects: float = 0.0
+    gradients: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -242,10 +249,10 @@ class KernelEstimator:
     did not see of one order they did not see of the next, and the errors of orders were found to have the same sign
     (``examples/benchmarks/README.md``).
 
-    The prior of an order, shared by the outputs, is chosen among three kinds of growing richness: with ``a``; with
-    ``a, b``; with ``a, b, g``. Within a kind the weights, zero included, maximise the marginal likelihood (equation
-    2.30) on grids, one weight after the other; among kinds the best is that which best predicts every stored direction
-    from the others (:meth:`_Fit.held_out_density`).
+    The prior of an order, shared by the outputs, is chosen among kinds of growing richness: with ``a``; also with
+    ``h``, where features of the units are given; with ``b``; with ``g``. Within a kind the weights, zero included,
+    maximise the marginal likelihood (equation 2.30) on grids, one weight after the other; among kinds the best is that
+    which best predicts every stored direction from the others (:meth:`_Fit.held_out_density`).
 
     Measurements may depend on each other: more directions than units always do at order 1. A Cholesky factorisation
     with diagonal pivoting keeps ``p`` independent ones and leaves out those that they determine (LAPACK ``dpstrf``;
@@ -258,9 +265,10 @@ class KernelEstimator:
     Args:
         directions: ``(K, n)`` complex128.
         coefficients: ``(R, K, O)`` complex128.
+        features: ``(n, q)`` float64, of the units, whose inner products are a prior covariance; or None.
     """
 
-    def __init__(self, directions: np.ndarray, coefficients: np.ndarray) -> None:
+    def __init__(self, directions: np.ndarray, coefficients: np.ndarray, features: np.ndarray | None = None) -> None:
         norms = np.linalg.norm(directions, axis=1)
         if not norms.any():
             raise ConfigurationError("`directions` are all zero, which measures nothing: sketch along others.")
@@ -268,8 +276,10 @@ class KernelEstimator:
         unit = directions / self._norms
         self._directions = unit if directions.imag.any() else unit.real.copy()
         self._coefficients = coefficients if directions.imag.any() else coefficients.real
-        self._known: dict[bool, _Vectors] = {}
-        self._effects: np.ndarray | None = None
+        self._known: dict[frozenset[str], _Vectors] = {}
+        self._maps: dict[str, np.ndarray] = {}  # what units share, by the prior's weight of it
+        if features is not None and features.any():
+            self._maps["gradients"] = features * (math.sqrt(len(features)) / np.linalg.norm(features))
         self._orders: dict[int, _Order] = {}
 
     def by_degree(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
@@ -280,7 +290,7 @@ class KernelEstimator:
         errors = np.empty(terms.shape)
         for r in range(1, degree + 1):
             order = self._order(r)
-            known, asked = self._vectors(order.prior), _Vectors(unit, self._effects if order.prior.effects else None)
+            known, asked = self._vectors(order.prior), _Vectors(unit, self._used(order.prior))
             sizes = norms * asked.sizes(order.prior)[:, None]  # sqrt(x . M x)
             k = _measurements(_Pairs(known, asked, r).kernel(order.prior))[order.rows]
             z = _matmul(k.T, order.whitener.T)
@@ -303,34 +313,38 @@ class KernelEstimator:
 
     def _vectors(self, prior: Prior) -> "_Vectors":
         """Return the directions with what the prior needs of them."""
-        with_effects = prior.effects > 0
-        if with_effects not in self._known:
-            self._known[with_effects] = _Vectors(self._directions, self._effects_of_units() if with_effects else None)
-        return self._known[with_effects]
+        maps = self._used(prior)
+        if frozenset(maps) not in self._known:
+            self._known[frozenset(maps)] = _Vectors(self._directions, maps)
+        return self._known[frozenset(maps)]
 
-    def _effects_of_units(self) -> np.ndarray:
-        """Return ``Phi``, ``(n, q)``, of at most :data:`_MAX_LIKELIHOOD_OUTPUTS` outputs that change at all."""
-        if self._effects is None:
+    def _used(self, prior: Prior) -> dict[str, np.ndarray]:
+        return {name: shared for name, shared in self._maps.items() if getattr(prior, name)}
+
+    def _find_effects(self) -> None:
+        """Make ``Phi``, ``(n, q)``, of at most :data:`_MAX_LIKELIHOOD_OUTPUTS` outputs that change at all."""
+        if "effects" not in self._maps:
             n = self._directions.shape[1]
             order = self._order(1)
             linear = order.whitener.T @ order.whitened[:, _few_outputs(order.whitened)]  # G^-1 y
             effects = np.empty((n, linear.shape[1]))
             for start in range(0, n, _UNITS_AT_ONCE):
-                units = _Vectors(np.eye(min(_UNITS_AT_ONCE, n - start), n, start))
-                k = _measurements(_Pairs(self._vectors(Prior()), units, 1).kernel(order.prior))[order.rows]
+                units = _Vectors(np.eye(min(_UNITS_AT_ONCE, n - start), n, start), self._used(order.prior))
+                k = _measurements(_Pairs(self._vectors(order.prior), units, 1).kernel(order.prior))[order.rows]
                 effects[start : start + k.shape[1]] = (k * units.sizes(order.prior)).T @ linear
             norms = np.linalg.norm(effects, axis=0)
             effects = effects[:, norms > _NO_EFFECT * norms.max(initial=0)]
             if effects.size:
                 effects *= math.sqrt(n / effects.shape[1]) / np.linalg.norm(effects, axis=0)
-            self._effects = effects
-        return self._effects
+            self._maps["effects"] = effects
 
     def _factor(self, r: int) -> _Order:
         values = _measurements(_times_power(self._coefficients[r - 1], 1 / self._norms, r))
         rows = _independent_rows(_Gram(self._vectors(Prior()), r), Prior())[0]
-        effects = self._effects_of_units() if r > 1 and any(EFFECTS_GRID) else None
-        prior = _choose_prior(self._directions, effects, r, rows[:_MAX_LIKELIHOOD_ROWS], values)
+        if r > 1 and any(EFFECTS_GRID):
+            self._find_effects()
+        maps = {name: shared for name, shared in self._maps.items() if r > 1 or name != "effects"}
+        prior = _choose_prior(self._directions, maps, r, rows[:_MAX_LIKELIHOOD_ROWS], values)
         known = self._vectors(prior)
         rows, scale, factor = _independent_rows(_Gram(known, r), prior)
         whitener = solve_triangular(factor, np.eye(len(rows)), lower=True) * scale
@@ -346,23 +360,25 @@ class _Vectors:
 
     Args:
         array: ``(k, n)``, real or complex.
-        effects: ``(n, q)``, ``Phi``; None where no prior uses it.
+        maps: ``(n, q)`` each, ``Gamma`` of ``gradients`` and ``Phi`` of ``effects``, where priors use them.
     """
 
-    def __init__(self, array: np.ndarray, effects: np.ndarray | None = None) -> None:
+    def __init__(self, array: np.ndarray, maps: Mapping[str, np.ndarray] | None = None) -> None:
         self.array = array
         self.sums = array.sum(axis=1)
-        self.shared = np.zeros((len(array), 0)) if effects is None else _matmul(array, effects)
+        self.shared = {name: _matmul(array, shared) for name, shared in (maps or {}).items()}
 
     def conj(self) -> "_Vectors":
         other = _Vectors(self.array.conj())
-        other.shared = self.shared.conj()
+        other.shared = {name: shared.conj() for name, shared in self.shared.items()}
         return other
 
     def sizes(self, prior: Prior) -> np.ndarray:
         """Return ``sqrt(u . M conj(u))``, ``(k,)``; 1 for ``u = 0``."""
         square = (np.abs(self.array) ** 2).sum(axis=1) + prior.common * np.abs(self.sums) ** 2
-        size = np.sqrt((square + prior.effects * (np.abs(self.shared) ** 2).sum(axis=1)) / _total(prior))
+        for name, shared in self.shared.items():
+            square = square + getattr(prior, name) * (np.abs(shared) ** 2).sum(axis=1)
+        size = np.sqrt(square / _total(prior))
         return np.where(size > 0, size, 1)
 
     def variance(self, prior: Prior, r: int) -> np.ndarray:
@@ -385,8 +401,8 @@ class _Pairs:
         return _matmul(self.left.array, self.right.array.T)
 
     @cached_property
-    def _shared(self) -> np.ndarray:
-        return _matmul(self.left.shared, self.right.shared.T)
+    def _shared(self) -> dict[str, np.ndarray]:
+        return {name: _matmul(shared, self.right.shared[name].T) for name, shared in self.left.shared.items()}
 
     @cached_property
     def _powers(self) -> np.ndarray:
@@ -398,8 +414,9 @@ class _Pairs:
         inner = self._plain
         if prior.common:
             inner = inner + prior.common * np.outer(self.left.sums, self.right.sums)
-        if prior.effects:
-            inner = inner + prior.effects * self._shared
+        for name, shared in self._shared.items():
+            if weight := getattr(prior, name):
+                inner = inner + weight * shared
         result = _power(inner / (_total(prior) * left * right), self.r)
         if prior.diagonal and self.r > 1:
             result = result + prior.diagonal * (self._powers / left**self.r / right**self.r)
@@ -424,7 +441,7 @@ class _Gram:
 
 
 def _total(prior: Prior) -> float:
-    return 1 + prior.common + prior.effects
+    return 1 + prior.common + prior.gradients + prior.effects
 
 
 def _independent_rows(gram_of: _Gram, prior: Prior) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -444,13 +461,13 @@ def _independent_rows(gram_of: _Gram, prior: Prior) -> tuple[np.ndarray, np.ndar
 
 
 def _choose_prior(
-    directions: np.ndarray, effects: np.ndarray | None, r: int, rows: np.ndarray, values: np.ndarray
+    directions: np.ndarray, maps: Mapping[str, np.ndarray], r: int, rows: np.ndarray, values: np.ndarray
 ) -> Prior:
     """Return the prior of an order, as :class:`KernelEstimator` says.
 
     Args:
         directions: ``(K, n)``, of unit norm.
-        effects: ``Phi`` or None.
+        maps: as of :class:`_Vectors`.
         r: order.
         rows: ``(p,)``, the measurements used; independent, so that ``G`` is regular for every prior.
         values: ``(m, O)``, all measurements.
@@ -463,7 +480,7 @@ def _choose_prior(
     y = y / np.abs(y).max(axis=0)  # so that no square below underflows
     used, position = np.unique(rows % len(directions), return_inverse=True)
     part = position + len(used) * (rows // len(directions))
-    gram = _Gram(_Vectors(directions[used], effects), r)
+    gram = _Gram(_Vectors(directions[used], maps), r)
     fits: dict[Prior, _Fit | None] = {}
 
     def fit(prior: Prior) -> _Fit | None:
@@ -476,6 +493,8 @@ def _choose_prior(
         return -math.inf if found is None else found.likelihood
 
     grids: dict[str, tuple[float, ...]] = {"common": COMMON_MODE_GRID}
+    if "gradients" in maps:
+        grids["gradients"] = GRADIENTS_GRID
     if r > 1:
         grids |= {"diagonal": DIAGONAL_GRID, "effects": EFFECTS_GRID}
     best = Prior(**{name: min(grid) for name, grid in grids.items()})

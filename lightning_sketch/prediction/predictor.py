@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.features import UnitFeatures
 from lightning_sketch.jets.tensor import JetTensor, Lead, constant, wrap
 from lightning_sketch.prediction.effect import Effect
 from lightning_sketch.prediction.evaluation import Evaluation, check_arguments, evaluate
@@ -52,6 +54,8 @@ class DeletionPredictor:
 
             All but the loss and callables read the inputs from batches ``x``, ``(x,)`` or ``(x, y)`` with ``x`` a
             tensor, or from mappings, whose entries but ``labels``, ``label`` and ``y`` are the keywords of ``forward``.
+        features: ``dirpath`` of :class:`GradientFeatures` of this run or a like one. The kernel estimator then may take
+            units of like gradients to act alike, where that predicts directions held out better.
 
     Raises:
         SketchError: if the sketch is of another model.
@@ -59,7 +63,14 @@ class DeletionPredictor:
             keep.
     """
 
-    def __init__(self, sketch: Sketch, module: nn.Module, output: str | Output = "loss") -> None:
+    def __init__(
+        self,
+        sketch: Sketch,
+        module: nn.Module,
+        output: str | Output = "loss",
+        *,
+        features: str | os.PathLike[str] | None = None,
+    ) -> None:
         if not isinstance(sketch, Sketch):
             raise ConfigurationError(f"`sketch` must be a Sketch but is {type(sketch).__name__}: use `Sketch.load`.")
         if not isinstance(output, str) and not callable(output):
@@ -72,6 +83,7 @@ class DeletionPredictor:
                 "callable as `output`."
             )
         sketch.check_fits(module)
+        self._features = None if features is None else UnitFeatures.load(features, sketch.units).flattened()
         self.sketch = sketch
         self.module = module
         self.output = output
@@ -125,7 +137,7 @@ class DeletionPredictor:
             del shard, block  # before the next one is read
         assert baseline is not None, "a sketch has at least one direction"
         assert coefficients is not None
-        return Effect(baseline, coefficients, self.sketch.directions, self.sketch.units)
+        return Effect(baseline, coefficients, self.sketch.directions, self.sketch.units, self._features)
 
     def calibrate(
         self, batches: Any, retrained: Mapping[tuple[int, ...], nn.Module | Mapping[str, Tensor]], level: float = 0.9

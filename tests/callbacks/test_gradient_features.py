@@ -12,9 +12,17 @@ from helpers import FEATURES, Classifier, assert_first_order, data, fit, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_sketch import ConfigurationError, GradientFeatures, Sketch, SketchCallback, SketchError
+from lightning_sketch import (
+    ConfigurationError,
+    DeletionPredictor,
+    GradientFeatures,
+    Sketch,
+    SketchCallback,
+    SketchError,
+)
 from lightning_sketch.callbacks import gradient_features
 from lightning_sketch.features import FILE_NAME, UnitFeatures
+from lightning_sketch.prediction.estimators import KernelEstimator
 from lightning_sketch.shadow.unit_gradients import CountSketch
 
 UNITS = [i % 5 - 1 for i in range(12)]  # units 0..3, and rows that belong to none
@@ -216,3 +224,20 @@ class Coupled(Classifier):
 def test_a_loss_that_couples_examples_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="`loss`"):
         fit(Coupled, [GradientFeatures(tmp_path, (0,), units=UNITS)])
+
+
+def test_a_predictor_takes_features_of_its_own_units(tmp_path: Path) -> None:
+    """Oracle: the estimator, given the features themselves."""
+    fit(Noisy, [GradientFeatures(tmp_path / "f", units=UNITS), SketchCallback(tmp_path / "s", 1, 1, units=UNITS)])
+    fit(Noisy, [GradientFeatures(tmp_path / "other")])
+    sketch, batch = Sketch.load(tmp_path / "s"), data(6).tensors
+    effect = DeletionPredictor(sketch, Noisy(), features=tmp_path / "f").prepare(batch)
+    features = UnitFeatures.load(tmp_path / "f", UNIT_OF_ROW).flattened()
+    kernel = KernelEstimator(sketch.directions, effect.coefficients.numpy(), features)
+    expected = kernel(np.eye(4), 1)[0][0]
+    np.testing.assert_allclose(effect.delete_many(np.eye(4)).change, expected, rtol=1e-12)
+    np.testing.assert_array_equal(effect.reduce(torch.ones(6))._features, features)
+    with pytest.raises(ConfigurationError, match="other units"):
+        DeletionPredictor(sketch, Noisy(), features=tmp_path / "other")
+    with pytest.raises(SketchError, match=FILE_NAME):
+        DeletionPredictor(sketch, Noisy(), features=tmp_path / "none")

@@ -291,7 +291,7 @@ def test_kernel_equals_a_gaussian_process_in_the_explicit_feature_space(monkeypa
 
 def fits(psi, coefficients, r, prior, effects=None):
     """Return a ``_Fit`` on the independent measurements of an order, and their rows."""
-    gram = _Gram(_Vectors(psi, effects), r)
+    gram = _Gram(_Vectors(psi, {} if effects is None else {"effects": effects}), r)
     rows = estimators._independent_rows(gram, Prior())[0]
     y = np.concatenate([coefficients[r - 1].real, coefficients[r - 1].imag])[rows]
     return _Fit.of(gram, prior, rows, rows % len(psi), y), rows, y
@@ -349,7 +349,8 @@ def test_kernel_chooses_its_prior_as_it_says(monkeypatch, design, seed):
     psi = psi / np.linalg.norm(psi, axis=1, keepdims=True)
     coefficients = contract(tensors, psi)
     estimator = KernelEstimator(psi, coefficients)
-    chosen, effects = estimator._order(2).prior, estimator._effects_of_units()
+    chosen = estimator._order(2).prior
+    effects = estimator._maps["effects"]
     best_of_kinds = []
     for kind in (1, 2, 3):
         weights = itertools.product(*[grid if i < kind else (0.0,) for i, grid in enumerate(grids.values())])
@@ -598,3 +599,44 @@ def test_an_unknown_estimator_is_refused():
         ConfigurationError, match="`estimator` is 'best': choose one of auto, kernel, mean, median_of_means"
     ):
         make_estimator("best", draw("sphere", 4), np.ones((1, 4, 1), dtype=complex))
+
+
+@pytest.mark.parametrize("say", [True, False])
+def test_kernel_believes_in_features_that_predict_held_out_directions(say):
+    """Oracle: true first-order effects that are linear in the features, or have nothing to do with them."""
+    rng = np.random.default_rng(0)
+    n, count = 60, 20
+    features = rng.standard_normal((n, 4))
+    effects = (features if say else rng.standard_normal((n, 4))) @ rng.standard_normal((4, 6))
+    psi = np.linalg.qr(rng.standard_normal((n, count)))[0].T.astype(np.complex128)
+    coefficients = (psi @ effects)[None]
+    x = (rng.random((30, n)) < 0.2).astype(np.float64)
+    true = x @ effects
+    with_, without = (KernelEstimator(psi, coefficients, given) for given in (features, None))
+    error, plain = (np.linalg.norm(e(x, 1)[0][0] - true) / np.linalg.norm(true) for e in (with_, without))
+    assert bool(with_._order(1).prior.gradients) is say
+    if say:
+        assert error < 0.02 < 0.5 < plain
+    else:
+        assert error == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("complex_", [True, False])
+def test_a_prior_of_features_is_that_of_rotated_units(complex_):
+    """Oracle: the closed form of Gaussian regression with the covariance written out, at order 1."""
+    rng = np.random.default_rng(1)
+    n, count, weight = 7, 3, 10.0
+    features = rng.standard_normal((n, 2))
+    psi = rng.standard_normal((count, n)) + (1j * rng.standard_normal((count, n)) if complex_ else 0)
+    linear = rng.standard_normal((n, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimators, "GRADIENTS_GRID", (weight,))
+        patch.setattr(estimators, "COMMON_MODE_GRID", (0.0,))
+        kernel = KernelEstimator(psi.astype(np.complex128), (psi @ linear)[None].astype(np.complex128), features)
+        x = rng.standard_normal((4, n))
+        found = kernel(x, 1)[0][0]
+    scaled = features * np.sqrt(n) / np.linalg.norm(features)
+    m = np.eye(n) + weight * scaled @ scaled.T
+    rows = np.concatenate([psi.real, psi.imag]) if complex_ else psi
+    expected = x @ m @ rows.T @ np.linalg.solve(rows @ m @ rows.T, rows @ linear)
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
