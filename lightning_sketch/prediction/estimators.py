@@ -31,7 +31,7 @@ EFFECTS_GRID = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 _MAX_LIKELIHOOD_ROWS = 256  # enough to choose a prior, and keeps the grids cheap beside the one full factorisation
 _MAX_LIKELIHOOD_OUTPUTS = 256
-_UNITS_AT_ONCE = 1024
+_UNITS_AT_ONCE = 256
 _NO_EFFECT = 1e-6  # first-order effects of an output, beside the largest, below which they may be rounding
 _REDUNDANT = 1e-10  # prior variance, of 1, that a measurement must add to those already used
 _ROUNDING = 1e-12  # part of a prior variance below which it is rounding: zero by construction

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-# Ratio of consecutive terms from which on a series is treated as if it were this: beyond, no sum can be told.
+# Ratio of consecutive terms beyond which the sum of a series can not be told.
 LARGEST_RATIO = 0.9
 # Cosine between the last two terms, over the outputs, from which on the next term is taken to continue them.
 LEAST_COSINE = 0.9
@@ -14,7 +14,7 @@ def tail(terms: np.ndarray, errors: np.ndarray, profile: np.ndarray) -> tuple[np
     """Return the standard deviation of the sum of the orders left out, and whether the terms can be trusted.
 
     The size ``|t_r|`` of a deletion's term is its root mean square over the outputs, its standard error included. With
-    ``rho`` the largest ratio ``|t_r| / |t_{r-1}|``, at most :data:`LARGEST_RATIO` in sums:
+    ``rho`` the largest ratio ``|t_r| / |t_(r-1)|``, in denominators at most :data:`LARGEST_RATIO`:
 
     - The orders left out are taken to fall by ``rho`` each and to have independent signs, so their sum has the standard
       deviation ``rho / sqrt(1 - rho^2)`` times the last term. That last term is, for one output, the root mean square
@@ -51,9 +51,9 @@ def tail(terms: np.ndarray, errors: np.ndarray, profile: np.ndarray) -> tuple[np
 def resum(terms: np.ndarray, reliable: np.ndarray) -> np.ndarray:
     """Return an estimate of the order left out next, ``rho t_R``; zero where it can not be told.
 
-    ``rho = <t_R, t_(R-1)> / |t_(R-1)|^2`` over the outputs: the terms as multiples of one vector, as in Aitken's
-    extrapolation of vectors (Sidi, *Vector Extrapolation Methods with Applications*, chapter 1), of whose geometric
-    tail only the first term is taken. It is told where the prediction is reliable and the last two terms have nearly
+    ``rho = <t_R, t_(R-1)> / |t_(R-1)|^2`` over the outputs: the ratio of minimal polynomial extrapolation of order 1
+    (Sidi, *Vector Extrapolation Methods with Applications*, chapter 1), of whose geometric tail only the first term is
+    taken. It is told where the prediction is reliable and the last two terms have nearly
     the same direction: a cosine of at least :data:`LEAST_COSINE`. One output alone has no direction.
 
     Args:
