@@ -129,7 +129,7 @@ class SketchCallback(AroundTrainingStep):
             _check_count("directions_per_pass", directions_per_pass)
         if isinstance(directions, int):
             _check_count("directions", directions)
-            if features is not None and "gradient" not in parse_design(design):
+            if "gradient" not in parse_design(design) and features is not None:
                 raise ConfigurationError("`features` is given, which only the design 'gradient' uses: add it.")
         self.dirpath = os.fspath(dirpath)
         self.directions = directions

@@ -220,7 +220,7 @@ def test_scaling_saves_small_gradients(tmp_path: Path) -> None:
 def test_resumed(tmp_path: Path) -> None:
     """Oracle: the run that was never interrupted, to the last bit; the first step after resuming is skipped."""
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
-    options: dict[str, Any] = {"enable_checkpointing": True, "epochs": 4}
+    options: dict[str, Any] = {"enable_checkpointing": True, "default_root_dir": tmp_path, "epochs": 4}
     whole, rest = Scales(), Scales()
     half = {"train": loader(20), **options}
     fit(Centred, [sketch(tmp_path / "whole", 2, 2), saving, whole], **half, **scaled())

@@ -286,7 +286,7 @@ def test_a_checkpoint_of_the_exception_is_not_resumed(
     path = tmp_path / "on_exception.ckpt"
     saving = Saves(path) if saves == "before" else OnExceptionCheckpoint(tmp_path)
     with pytest.raises(SystemExit):
-        fit(kind, [saving, sketching(tmp_path / "sketch")], enable_checkpointing=True)
+        fit(kind, [saving, sketching(tmp_path / "sketch")], enable_checkpointing=True, default_root_dir=tmp_path)
     with pytest.raises(ConfigurationError, match="resume a checkpoint that was saved with this callback"):
         fit(Normalised, [sketching(tmp_path / "sketch")], checkpoint=path)
 

@@ -361,7 +361,7 @@ def test_what_is_read_at_the_end_of_a_step_may_fail(
 def test_a_run_is_resumed_after_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Oracle: the run that was never interrupted, to the last bit."""
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
-    options: dict[str, Any] = {"enable_checkpointing": True, "epochs": 3}
+    options: dict[str, Any] = {"enable_checkpointing": True, "default_root_dir": tmp_path, "epochs": 3}
     with monkeypatch.context() as patches:
         Shortage(patches, lambda now, lead: now < 1 or lead[2] <= 2, "aten.gelu_backward.", 2)
         with pytest.warns(UserWarning, match="does not suffice"):

@@ -103,7 +103,7 @@ def test_explicit_directions_are_compared(tmp_path: Path) -> None:
     """Oracle: the whole run."""
     psi = np.random.default_rng(0).normal(size=(2, 4))
     saving = ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
-    options: dict[str, Any] = {"enable_checkpointing": True, "epochs": 2}
+    options: dict[str, Any] = {"enable_checkpointing": True, "default_root_dir": tmp_path, "epochs": 2}
     fit(Normalised, [callback(tmp_path / "whole", directions=psi), saving], **options)
     resume(tmp_path / "epoch=0.ckpt", callback(tmp_path / "part", directions=psi), epochs=2)
     for a, b in zip(*(Sketch.load(tmp_path / name).shards() for name in ("whole", "part")), strict=True):
