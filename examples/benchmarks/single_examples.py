@@ -179,7 +179,7 @@ def main() -> None:
 
 def draw(scores: dict[str, list[tuple[int, list[float], list[float]]]], path: str) -> None:
     """Score and error for sets of 20 against the number of measurements."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), constrained_layout=True)
     place = SIZES.index(20)
     markers = "osD^vP"
     for (case, rows), marker in zip(scores.items(), markers, strict=False):
@@ -190,8 +190,10 @@ def draw(scores: dict[str, list[tuple[int, list[float], list[float]]]], path: st
     axes[1].set(ylabel="relative error of the predicted change", yscale="log")
     for ax in axes:
         ax.set(xlabel="real measurements (two per complex direction)", xscale="log")
+        ax.set_xticks(counts, [str(count) for count in counts])
+        ax.minorticks_off()
         ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle("Deleting 20 of 1,000 examples")
     figure.savefig(path, dpi=120)
     print(f"\nFigure: {path}")
