@@ -376,12 +376,13 @@ class SketchCallback(AroundTrainingStep):
                 "second order, so orders above 1 of a single deletion, and their error bars, are rough. Use "
                 "design='basis+common' or 'indicator' where interactions matter, or degree=1."
             )
-        if error > 0.5 and "indicator" not in self._drawn.recipe["design"]:
+        informed = not {"indicator", "gradient"}.isdisjoint(self._drawn.recipe["design"].split("+"))
+        if error > 0.5 and not informed:
             rank_zero_warn(
                 f"SketchCallback: {measurements} measurements for {n} units predict a random deletion to a relative "
                 f"error of about {error:.2f}. Group examples into fewer units with `units=`, measure more directions, "
                 "or use another `design` ('indicator' for deletion sets known in advance, 'basis+common' for few "
-                "units)."
+                "units, 'gradient' for single examples)."
             )
 
     def _recorded(
