@@ -53,8 +53,9 @@ def calibrate(prediction: Prediction, true: Tensor, level: float = 0.9) -> Calib
     Example:
         >>> import torch
         >>> change, width = torch.tensor([1.0, 2.0, -1.0]), torch.full((3,), 0.1)
-        >>> calibrate(Prediction(torch.tensor(5.0), 5 + change, change, width, (5 + change)[None], width),
-        ...           torch.tensor([6.0, 7.1, 3.5]))
+        >>> value, reliable = 5 + change, torch.ones(3, dtype=torch.bool)
+        >>> prediction = Prediction(torch.tensor(5.0), value, change, width, value[None], width, reliable, value)
+        >>> calibrate(prediction, torch.tensor([6.0, 7.1, 3.5]))
         Calibration(of 3 deletions: 66.7% of outputs within their 90% intervals, relative error 18.42%, bias +8.70%,
         LDS 1.000)
     """
