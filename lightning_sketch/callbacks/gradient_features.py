@@ -17,7 +17,7 @@ from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.features import UnitFeatures
 from lightning_sketch.shadow.unit_gradients import PROJECTION, CountSketch, project_gradients
 from lightning_sketch.shadow.weighting import LossWeighting, PerExampleLoss
-from lightning_sketch.shadow.wrapping import check_trainer, count_examples
+from lightning_sketch.shadow.wrapping import check_start, check_trainer, count_examples
 
 
 class GradientFeatures(pl.Callback):
@@ -83,6 +83,7 @@ class GradientFeatures(pl.Callback):
         if not np.isfinite(steps):
             raise ConfigurationError("GradientFeatures: training has no end to take fractions of: set `max_steps`.")
         if not self._loaded:
+            check_start(trainer, "GradientFeatures", "resume a checkpoint that was saved with this callback, or ")
             self._due = [round(a * int(steps)) for a in self.at]
         self._take(trainer, pl_module, trainer.global_step)
 

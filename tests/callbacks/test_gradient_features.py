@@ -178,6 +178,9 @@ def test_features_survive_an_interruption(tmp_path: Path) -> None:
     fit(Normalised, [callback("resumed")], checkpoint=tmp_path / "epoch=0.ckpt", seed=5)
     arrays = [UnitFeatures.load(tmp_path / name, UNIT_OF_ROW).array for name in ("whole", "resumed")]
     np.testing.assert_array_equal(*arrays)
+    fit(Normalised, [saved_without := ModelCheckpoint(tmp_path, filename="without")], enable_checkpointing=True)
+    with pytest.raises(ConfigurationError, match="GradientFeatures must see training from its first step"):
+        fit(Normalised, [callback("late")], checkpoint=Path(saved_without.best_model_path), epochs=3)
 
 
 def test_a_sketch_along_gradients_is_right(tmp_path: Path) -> None:
