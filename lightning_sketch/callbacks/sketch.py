@@ -154,7 +154,7 @@ class SketchCallback(AroundTrainingStep):
         self._verified = False
         self._first: dict[str, tuple[Any, int]] = {}  # tensors with which all processes began, and their versions
         self._names: dict[Tensor, str] = {}
-        self._followed: Any = None  # optimizer and module
+        self._module: pl.LightningModule | None = None
         self._records: list[StepRecord] = []
         self._pending: StepRecord | None = None
         self._snapshot: OptimizerSnapshot | None = None
@@ -198,7 +198,7 @@ class SketchCallback(AroundTrainingStep):
         optimizer = check_optimizers(trainer.optimizers, pl_module, "SketchCallback", _scaler(trainer))
         self._units.start(trainer)
         self._names = {p: name for name, p in pl_module.named_parameters()}
-        self._followed = optimizer, pl_module
+        self._module = pl_module
         self._drawn = self._draw(trainer, pl_module)
         self._announce(pl_module, optimizer)
         self._optimizer = optimizer
@@ -237,8 +237,10 @@ class SketchCallback(AroundTrainingStep):
         """What a resumed run goes on from: gradients of an unfinished step are lost, what it left in buffers is not."""
         if not self._records:
             return self._blocks
+        optimizer, module = self._optimizer, self._module
         assert self._original is not None
-        optimizer, module = self._followed
+        assert optimizer is not None
+        assert module is not None
         records = self._shared(self._records, module)
         snapshot = OptimizerSnapshot.capture(optimizer, self._names, self._tracked.values, module, self._counts)
         blocks = [copy.copy(block) for block in self._blocks]

@@ -6,10 +6,10 @@ any number of deletions; it returns every term and the standard error of their s
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -37,9 +37,10 @@ _REDUNDANT = 1e-10  # prior variance, of 1, that a measurement must add to those
 _ROUNDING = 1e-12  # part of a prior variance below which it is rounding: zero by construction
 
 
-class Estimator(Protocol):
+class Estimator(ABC):
     """Maps deletions to Taylor terms and the standard errors of their sums."""
 
+    @abstractmethod
     def by_degree(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the terms of orders ``1..degree`` and the standard error of their sum up to each, ``(degree, m, O)``.
 
@@ -50,6 +51,8 @@ class Estimator(Protocol):
 
     def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the terms, ``(degree, m, O)``, and the standard error of their whole sum, ``(m, O)``."""
+        terms, stderr = self.by_degree(x, degree)
+        return terms, stderr[-1]
 
 
 def make_estimator(
@@ -92,7 +95,7 @@ def make_estimator(
     return MedianOfMeansEstimator(directions, coefficients, failure_probability)
 
 
-class MeanEstimator:
+class MeanEstimator(Estimator):
     """The paper's unbiased estimator: the mean over directions (Gunn, arXiv 2604.07328).
 
     ``e_jr = C(n+r-1, r) Re(c_jr conj(psi_j . x)^r)`` has the mean ``<F_r, x^(x r)>`` because
@@ -136,11 +139,6 @@ class MeanEstimator:
         for row in range(len(x)):  # one deletion at a time: all samples of all deletions would not fit in memory
             terms[:, row], stderr[:, row] = self._reduce(self._samples(products[row], degree))
         return terms, stderr
-
-    def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return terms ``(degree, m, O)`` and standard errors ``(m, O)`` of the deletions ``x``, ``(m, n)``."""
-        terms, stderr = self.by_degree(x, degree)
-        return terms, stderr[-1]
 
     def _samples(self, products: np.ndarray, degree: int) -> np.ndarray:
         """Return ``e_jr``, ``(degree, K, O)``, of one deletion with ``psi_j . x = products[j]``."""
@@ -237,7 +235,7 @@ class _Order:
     scale: np.ndarray  # (O,), s_r
 
 
-class KernelEstimator:
+class KernelEstimator(Estimator):
     """Gaussian-process regression of ``F_r`` on the measurements, independently per order; mixes any designs.
 
     Prior: ``F_r`` is Gaussian in ``Sym^r`` with ``cov(<F_r, u^(x r)>, <F_r, v^(x r)>) = s_r^2 k(u, v)``, ``k`` a
@@ -300,11 +298,6 @@ class KernelEstimator:
             left[left < _ROUNDING * prior] = 0
             errors[r - 1] = _times_power(np.sqrt(left)[:, None] * order.scale, sizes, r)
         return terms, errors.cumsum(axis=0)
-
-    def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return terms ``(degree, m, O)`` and standard errors ``(m, O)`` of the deletions ``x``, ``(m, n)``."""
-        terms, stderr = self.by_degree(x, degree)
-        return terms, stderr[-1]
 
     def _order(self, r: int) -> _Order:
         if r not in self._orders:

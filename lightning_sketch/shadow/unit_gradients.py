@@ -107,9 +107,8 @@ def _of_units(
     """The projected gradients of what is in one batch of these units, ``(U, m)``."""
     lead: Lead = (1, 1, len(units))
     params = named_tensors(module)[0]
-    first = next(iter(params.values()))
     of_unit = record.units == torch.from_numpy(units).to(record.units.device)[:, None]
-    ones = torch.ones(len(record.units), dtype=first.dtype, device=first.device)
+    ones = record.ones_like(params)
     weights = JetTensor(ones, of_unit.to(ones.dtype)[None, None])
     tensors: dict[str, Tensor] = {
         name: wrap(p.detach(), [None], lead, requires_grad=p.requires_grad) for name, p in params.items()
@@ -125,7 +124,7 @@ def _of_units(
         return torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
 
     found, _ = replay(start, module, record, own_training_step(module), evaluated, weights, tensors, differentiate)
-    total = torch.zeros(len(units), projection.size, dtype=torch.float64, device=first.device)
+    total = torch.zeros(len(units), projection.size, dtype=torch.float64, device=ones.device)
     for name, gradient in zip(trained, found, strict=True):
         block = gradient.block if type(gradient) is JetTensor else None
         if block is not None:
