@@ -4,7 +4,7 @@ Callbacks carry higher-order Taylor coefficients along an unchanged ``Trainer.fi
 any deletion is predicted in milliseconds. Method: Gunn, *How to sketch a learning algorithm* (arXiv 2604.07328).
 """
 
-from lightning_sketch.callbacks import GradientFeatures, Reweight, SketchCallback
+from lightning_sketch.callbacks import GradientFeatures, Reweight, SketchCallback, StabilityMonitor
 from lightning_sketch.errors import (
     ConfigurationError,
     FidelityError,
@@ -32,6 +32,7 @@ __all__ = [
     "Sketch",
     "SketchCallback",
     "SketchError",
+    "StabilityMonitor",
     "StableAdamW",
     "UnsupportedOperatorError",
     "plan",

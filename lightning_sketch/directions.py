@@ -182,6 +182,23 @@ def make_directions(
     return Directions(_read_only(np.concatenate(parts)), recipe)
 
 
+def random_signs(count: int, num_units: int, seed: int) -> Directions:
+    """Return ``count`` random sign patterns ``+-1/sqrt(n)`` and the common mode ``1/sqrt(n)``, all real.
+
+    Every unit counts the same in each, so the second order of a pattern holds all that units do by themselves.
+
+    Args:
+        count: how many patterns.
+        num_units: ``n``.
+        seed: of the patterns.
+    """
+    stream = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    signs = np.concatenate([2.0 * stream.integers(0, 2, (count, num_units)) - 1, np.ones((1, num_units))])
+    array = (signs / math.sqrt(num_units)).astype(np.complex128)
+    recipe = {"design": "explicit", "count": len(array), "seed": seed, "deletion_sets": None}
+    return Directions(_read_only(array), recipe)
+
+
 def make_from_recipe(recipe: Mapping[str, Any], num_units: int) -> Directions:
     """Return the directions that a stored recipe describes.
 

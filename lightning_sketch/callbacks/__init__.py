@@ -3,5 +3,6 @@
 from lightning_sketch.callbacks.gradient_features import GradientFeatures
 from lightning_sketch.callbacks.reweight import Reweight
 from lightning_sketch.callbacks.sketch import SketchCallback
+from lightning_sketch.callbacks.stability import StabilityMonitor
 
-__all__ = ["GradientFeatures", "Reweight", "SketchCallback"]
+__all__ = ["GradientFeatures", "Reweight", "SketchCallback", "StabilityMonitor"]

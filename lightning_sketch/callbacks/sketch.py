@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import warnings
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -18,47 +15,30 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sketch.callbacks._examples import AroundTrainingStep, joint_order
+from lightning_sketch.callbacks._carrying import CarriesJets, check_count, tensors_by_name
+from lightning_sketch.callbacks._examples import joint_order
 from lightning_sketch.directions import (
     Directions,
     first_order_error,
     make_directions,
     parse_design,
     plain_steps,
-    units_checksum,
 )
-from lightning_sketch.errors import ConfigurationError, InstabilityError, MemoryShortageError
+from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.features import UnitFeatures
-from lightning_sketch.jets.memory import collect_garbage, give_back_freed_memory
-from lightning_sketch.shadow.carried import AttributeWatch
-from lightning_sketch.shadow.checks import Readings, check_update
-from lightning_sketch.shadow.jets_of_run import RunJets, lost_without_memory
 from lightning_sketch.shadow.planning import (
-    StepSize,
-    check_memory,
-    directions_per_pass,
-    measure_step,
     state_bytes,
     trained_bytes,
 )
-from lightning_sketch.shadow.quiet import Start, named_tensors, quiet
-from lightning_sketch.shadow.ranks import BufferSync, Ranks
-from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step, share_records
 from lightning_sketch.shadow.unit_gradients import PROJECTION, CountSketch, project_gradients
-from lightning_sketch.shadow.update import Counts, OptimizerSnapshot, ask_counts, count_state_tensors
-from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting, Normalization, PerExampleLoss
 from lightning_sketch.shadow.wrapping import (
-    check_optimizers,
-    check_start,
-    check_trainer,
     piecewise_linear,
-    refuse_averaging,
 )
 from lightning_sketch.sketch import Shard, check_writable, module_types, write_sketch
 
 
-class SketchCallback(AroundTrainingStep):
+class SketchCallback(CarriesJets):
     """Carry higher-order derivatives of training by deletion weights along an unchanged ``Trainer.fit``.
 
     Every optimizer step is run again on Taylor coefficients, along every direction ``psi``: order ``r`` of any
@@ -119,208 +99,48 @@ class SketchCallback(AroundTrainingStep):
         every_n_train_steps: int | None = None,
         on_instability: Literal["warn", "stop"] = "warn",
     ) -> None:
-        super().__init__(units, ids)
-        if on_instability not in ("warn", "stop"):
-            raise ConfigurationError(f"`on_instability` must be 'warn' or 'stop' but is {on_instability!r}.")
-        _check_count("degree", degree)
+        super().__init__(
+            units,
+            ids,
+            degree=degree,
+            loss=loss,
+            normalization=normalization,
+            directions_per_pass=directions_per_pass,
+            on_instability=on_instability,
+        )
         if every_n_train_steps is not None:
-            _check_count("every_n_train_steps", every_n_train_steps)
-        if directions_per_pass != "auto":
-            _check_count("directions_per_pass", directions_per_pass)
+            check_count("every_n_train_steps", every_n_train_steps)
         if isinstance(directions, int):
-            _check_count("directions", directions)
+            check_count("directions", directions)
             if "gradient" not in parse_design(design) and features is not None:
                 raise ConfigurationError("`features` is given, which only the design 'gradient' uses: add it.")
         self.dirpath = os.fspath(dirpath)
         self.directions = directions
-        self.degree = degree
         self.design = design
         self.deletion_sets = deletion_sets
         self.features = features
-        self.directions_per_pass = directions_per_pass
         self.seed = seed
         self.every_n_train_steps = every_n_train_steps
-        self.on_instability = on_instability
-        self.weighting = LossWeighting(loss, normalization)
-        self._hooks: list[Any] = []
-        self._sync = BufferSync(None)
-        self._forget()
 
+    @override
     def _forget(self) -> None:
-        self._ranks = Ranks()
-        self._drawn: Directions | None = None
+        super()._forget()
         self._leading: Tensor | None = None  # of the gradients at initialisation, (count, n)
-        self._blocks: list[RunJets] = []  # of this process
-        self._verified = False
-        self._first: dict[str, tuple[Any, int]] = {}  # tensors with which all processes began, and their versions
-        self._names: dict[Tensor, str] = {}
-        self._module: pl.LightningModule | None = None
-        self._records: list[StepRecord] = []
-        self._pending: StepRecord | None = None
-        self._snapshot: OptimizerSnapshot | None = None
-        self._tracked = TrackedTensors()
-        self._attributes = AttributeWatch()
-        self._readings = Readings()
-        self._counts: Counts = {}
-        self._state_tensors = 0
-        self._optimizer: Optimizer | None = None
-        self._depth = 0  # of calls of its `step`
-        self._steps = 0  # optimizer steps whose jets are carried
-        self._given_up = False
-        self._loaded: dict[str, Any] | None = None  # from a checkpoint, until training starts
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Called before dataloaders are built: refuses what cannot be right, and starts to trace the batches."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            check_trainer(trainer, pl_module, "SketchCallback")
-            refuse_averaging(trainer, "SketchCallback")
-            self._ranks = Ranks.of(trainer)
             self._together(lambda: check_writable(self.dirpath) if self._ranks.is_first else None)
-            self._units.ids.install(trainer)
-
-    def _together(self, action: Callable[[], Any]) -> None:
-        """Do something that may fail on one process only, and then raise on all."""
-        error = None
-        try:
-            action()
-        except Exception as e:
-            error = e
-        self._ranks.agree(error)
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when optimizer and data exist: draws the directions, says the cost, begins to follow the run."""
-        if self._loaded is None:
-            check_start(
-                trainer, "SketchCallback", "resume a checkpoint that was saved with this callback after a step, or "
-            )
-        optimizer = check_optimizers(trainer.optimizers, pl_module, "SketchCallback", _scaler(trainer))
-        self._units.start(trainer)
-        self._names = {p: name for name, p in pl_module.named_parameters()}
-        self._module = pl_module
-        self._drawn = self._draw(trainer, pl_module)
-        self._announce(pl_module, optimizer)
-        self._optimizer = optimizer
-        self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._enter_step()),
-            optimizer.register_step_post_hook(lambda *_: self._leave_step(trainer, pl_module)),
-        ]
-        self._sync = BufferSync(trainer.strategy.model)
-        self._first = {name: (weakref.ref(t), t._version) for name, t in _tensors(pl_module).items()}
-        if self._loaded is not None:
-            self._resume(pl_module, self._loaded)
-        if not self._given_up:
-            self._take_step(pl_module, lambda step, args: self._recorded(trainer, pl_module, step, args))
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Called where a checkpoint is saved, on all processes: the coefficients so far, as tensors and primitives.
-
-        Those of all processes are in that of the first, which Lightning writes. Empty inside an optimizer step, where
-        an interruption leaves parameters and coefficients that are not of one moment.
-        """
-        if self._depth or self._pending is not None or (not self._verified and not self._given_up):
-            return {}
-        leading = {} if self._leading is None else {"leading": self._leading}
-        return {
-            **leading,
-            "version": 1,
-            "run": self._run(),
-            "steps": self._steps,
-            "given_up": self._given_up,
-            "data_order": self._ranks.share(self._units.order),
-            "blocks": list(self._ranks.collect(block.state_dict() for block in self._without_gradients())),
-        }
-
-    def _without_gradients(self) -> list[RunJets]:
-        """What a resumed run goes on from: gradients of an unfinished step are lost, what it left in buffers is not."""
-        if not self._records:
-            return self._blocks
-        optimizer, module = self._optimizer, self._module
-        assert self._original is not None
-        assert optimizer is not None
-        assert module is not None
-        records = self._shared(self._records, module)
-        snapshot = OptimizerSnapshot.capture(optimizer, self._names, self._tracked.values, module, self._counts)
-        blocks = [copy.copy(block) for block in self._blocks]
-        with quiet(module, module.device) as start:
-            for block in blocks:
-                block.skip(start, module, self._original, self.weighting, records, snapshot)
-        return blocks
-
-    def _shared(self, records: list[StepRecord], module: pl.LightningModule) -> list[StepRecord]:
-        return records if self._ranks.size == 1 else share_records(records, self._changed(module), self._ranks)
+        """Called where a checkpoint is saved, on all processes: the coefficients so far, as tensors and primitives."""
+        state = super().state_dict()
+        return {**state, "leading": self._leading} if state and self._leading is not None else state
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called before training is resumed, when there is no optimizer yet."""
-        self._loaded = state_dict or None
-
-    def _run(self) -> dict[str, Any]:
-        """What must be the same when a run is resumed."""
-        assert self._drawn is not None
-        directions = dict(self._drawn.recipe)
-        if not {"explicit", "gradient"}.isdisjoint(directions["design"].split("+")):  # the recipe does not say all
-            directions["checksum"] = self._drawn.checksum()
-        return {
-            "degree": self.degree,
-            "directions": directions,
-            "units": units_checksum(self._units.of_example),
-            "normalization": self.weighting.normalization,
-            "loss": self.weighting.name,
-        }
-
-    def _resume(self, module: pl.LightningModule, state: dict[str, Any]) -> None:
-        """Take up the coefficients of a checkpoint.
-
-        Raises:
-            ConfigurationError: naming the argument that is not that of the run so far.
-        """
-        assert self._drawn is not None
-        ours, theirs = self._run(), state["run"] if state.get("version") == 1 else {}
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ConfigurationError(
-                    f"SketchCallback: `{name}` is {value}, but the checkpoint was saved with {theirs.get(name)}: give "
-                    "the arguments that training began with, or train from the beginning, without `ckpt_path`."
-                )
-        for saved in state["blocks"][self._ranks.rank :: self._ranks.size]:
-            block = self._make_block(np.array(saved["indices"], dtype=np.int64), module)
-            block.load_state_dict(saved)
-            self._blocks.append(block)
-        orders = state["data_order"]
-        self._units.order = orders[self._ranks.rank] if len(orders) == self._ranks.size else joint_order(orders)
-        self._steps, self._given_up, self._loaded = state["steps"], state["given_up"], None
-        self._verified = bool(state["blocks"])
-        self._tracked.note(_tensors(module))
-
-    def _make_blocks(self, step: StepSize, module: pl.LightningModule) -> Iterator[RunJets]:
-        """This process's share of the directions; of one kind each, so that real ones cost half."""
-        assert self._drawn is not None
-        ranks = self._ranks
-        real = self._drawn.real
-        mine = np.argsort(real, kind="stable")[ranks.rank :: ranks.size]  # complex ones first, which cost most
-        rows = {parts: mine[real[mine] == (parts == 1)] for parts in (1, 2)}
-        measurements = sum(parts * len(r) for parts, r in rows.items())
-        kept = step.state(measurements, self.degree)
-        sizes = {
-            parts: directions_per_pass(step, parts, self.degree, module.device, kept, ranks.on_device)
-            if self.directions_per_pass == "auto"
-            else int(self.directions_per_pass)
-            for parts in rows
-        }
-        counts = {parts: len(r) for parts, r in rows.items()}
-        check_memory(step, counts, sizes, self.degree, module.device, self._units.num_units, ranks.on_device)
-        for parts, size in sizes.items():
-            for start in range(0, len(rows[parts]), size):
-                yield self._make_block(rows[parts][start : start + size], module)
-
-    def _make_block(self, indices: np.ndarray, module: pl.LightningModule) -> RunJets:
-        assert self._drawn is not None
-        dtype = next(p.dtype for p in module.parameters() if p.requires_grad)
-        return RunJets(indices, self._drawn.array[indices], self.degree, dtype, module.device, self._ranks.size)
-
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Directions:
         n, sets = self._units.num_units, self.deletion_sets
         return make_directions(
@@ -349,13 +169,13 @@ class SketchCallback(AroundTrainingStep):
             self._leading = torch.from_numpy(UnitFeatures(found[None], "").leading_directions(count))
         return self._leading.numpy()
 
-    def _announce(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
+    @override
+    def _announce(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert self._drawn is not None
         degree, n = self.degree, self._units.num_units
         real = int(self._drawn.real.sum())
         complex_ = self._drawn.num_directions - real
         measurements = real + 2 * complex_
-        self._state_tensors = count_state_tensors(optimizer)
         state = state_bytes(trained_bytes(module.parameters()), self._state_tensors, measurements, degree)
         cost = real * plain_steps(degree, real=True) + complex_ * plain_steps(degree, real=False)
         error = first_order_error(measurements, n)
@@ -387,227 +207,15 @@ class SketchCallback(AroundTrainingStep):
                 "units, 'gradient' for single examples)."
             )
 
-    def _recorded(
-        self, trainer: pl.Trainer, module: pl.LightningModule, step: Callable[..., Any], args: tuple[Any, ...]
-    ) -> Any:
-        """Run the user's ``training_step``, remembering what it starts from."""
-        tensors = _tensors(module)
-        if self._steps:
-            self._tracked.refuse_new(tensors, self._steps)
-        else:
-            self._tracked.note({name: t for name, t in tensors.items() if name not in self._tracked.values})
-        synchronized = self._sync.happened()
-        if synchronized and not self._ranks.is_first:
-            self._tracked.note(dict(module.named_buffers()))  # which the first process has checked
-        self._tracked.check(tensors, self._steps, self._readings)
-        others = {name: self._tracked.values[name] for name in _outside(trainer.optimizers[0], tensors)}
-        units = self._units.of_batch(args[0]).to(module.device, non_blocking=True)
-        micro_batches = trainer.accumulate_grad_batches * self._ranks.size
-        outputs, self._pending = record_step(module, step, args, units, others, micro_batches)
-        if self._pending is not None:  # what a step without a loss leaves there has no coefficients
-            self._pending.foreign = self._attributes.changed(module, self._pending.module_state)
-            self._pending.synchronized = synchronized
-            self._pending.left = self._attributes.note(module)
-        return outputs
-
     @override
-    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Called where a new gradient begins: it has nothing of the micro-batches before."""
-        self._records = []
-
-    @override
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called after every micro-batch, while the parameters are those that it saw."""
-        if self._pending is None:
-            return
-        self._tracked.note(_outside(trainer.optimizers[0], _tensors(pl_module)))
-        scaler = _scaler(trainer)
-        if scaler is not None:  # a gradient is the mean over processes, as ours is by division of the loss
-            count = torch.full((), self._ranks.size, dtype=torch.float32, device=pl_module.device)
-            self._pending.loss_scale = scaler.scale(count)
-        self._records.append(self._pending)
-        if not self._verified:  # the first batch
-            record = self._pending
-            self._together(lambda: self._verify(pl_module, record))
-            self._verified = True
-        self._pending = None
-
-    def _verify(self, module: pl.LightningModule, record: StepRecord) -> None:
-        assert self._original is not None
-        self._readings.read()
-        params = dict(module.named_parameters())
-        fraction = verify_weighting(module, self._original, self.weighting, record, params)
-        step = measure_step(module, self._original, self.weighting, record, params, self._state_tensors)
-        self._blocks = list(self._make_blocks(step, module))
-        if fraction > 1e-6:
-            rank_zero_info(
-                f"SketchCallback: {100 * fraction:.2g} % of the first batch's loss belongs to no example "
-                "(regularisation?) and is kept in every counterfactual."
-            )
-
-    @override
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Called before clipping and the update: copies what the update is a function of."""
-        if self._records and optimizer is not self._optimizer:
-            raise ConfigurationError(
-                f"SketchCallback: another optimizer (a {type(optimizer).__name__}) was put into `trainer.optimizers` "
-                f"before optimizer step {self._steps}, and the Taylor coefficients are of the first one's state: keep "
-                "it and change its `param_groups` (`lr`, `momentum`, `add_param_group`)."
-            )
-        if self._snapshot is not None:
-            raise ConfigurationError(
-                f"SketchCallback does not support {type(optimizer).__name__}, whose steps evaluate the loss more than "
-                "once: use StableAdamW or SGD."
-            )
-        if self._records:
-            self._tracked.check(_state(optimizer, self._names), self._steps, self._readings)
-            self._snapshot = OptimizerSnapshot.capture(
-                optimizer, self._names, self._tracked.values, pl_module, self._counts
-            )
-
-    def _enter_step(self) -> None:
-        self._depth += 1
-
-    def _leave_step(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Called after a step has really happened, while ``global_step`` is still that of the step."""
-        if self._depth == 1:  # an optimizer's `super().step()` has hooks too
-            self._advance(trainer, module)
-        self._depth -= 1
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Called when a batch is done: follows a step that was announced but, by a loss scaler, not made."""
-        if self._snapshot is not None and _scaler(trainer) is not None:
-            self._follow(pl_module, lambda snapshot, records: self._skip(pl_module, snapshot, records))
-
-    def _advance(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Follow the step that has just been made."""
-        self._counts = {}
-        snapshot = self._follow(module, lambda snapshot, records: self._carry(trainer, module, snapshot, records))
-        if snapshot is None:
-            return
-        params = {name: p for p, name in self._names.items()}
-        self._tracked.note({**params, **_state(snapshot.optimizer, self._names)})
-        self._steps += 1
+    def _after_step(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
         if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
-            self._write(module, snapshot.optimizer)
+            self._write(module, optimizer)
 
-    def _follow(
-        self, module: pl.LightningModule, carry: Callable[[OptimizerSnapshot, list[StepRecord]], None]
-    ) -> OptimizerSnapshot | None:
-        """Give ``carry`` what was recorded of the step; return it if there is any, and a sketch still."""
-        snapshot, records = self._snapshot, self._records
-        self._snapshot, self._records = None, []
-        if snapshot is None:
-            return None
-        try:
-            records = self._shared(records, module)
-            self._together(lambda: carry(snapshot, records))
-        except (InstabilityError, MemoryShortageError) as error:
-            if self.on_instability == "stop":
-                raise
-            self._give_up(module, error)
-        if self._given_up:
-            collect_garbage()
-            return None
-        return snapshot
-
-    def _changed(self, module: pl.LightningModule) -> set[str]:
-        """Names of the tensors that are not as all processes began with them."""
-        tensors, first = _tensors(module), self._first
-        return {n for n, t in tensors.items() if n not in first or first[n][0]() is not t or first[n][1] != t._version}
-
-    def _carry(
-        self, trainer: pl.Trainer, module: pl.LightningModule, snapshot: OptimizerSnapshot, records: list[StepRecord]
-    ) -> None:
-        """Carry the coefficients through one step."""
-        original, readings, step = self._original, self._readings, self._steps
-        assert original is not None
-
-        def clip(twin: Optimizer) -> None:
-            value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
-            module.configure_gradient_clipping(twin, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
-
-        def advance(block: RunJets, start: Start) -> None:
-            params = block.advance(start, module, original, self.weighting, records, snapshot, clip, step, readings)
-            with lost_without_memory(step):
-                check_update(params, snapshot, self._names, step, readings)
-
-        self._counts = ask_counts(snapshot.optimizer, self._names, readings)
-        self._in_passes(module, advance)
-
-    def _skip(self, module: pl.LightningModule, snapshot: OptimizerSnapshot, records: list[StepRecord]) -> None:
-        """Carry the coefficients through a step without an update."""
-        original = self._original
-        assert original is not None
-        self._tracked.check(named_tensors(module)[0], self._steps, self._readings)
-        self._in_passes(
-            module, lambda block, start: block.skip(start, module, original, self.weighting, records, snapshot)
-        )
-
-    def _in_passes(self, module: pl.LightningModule, carry: Callable[[RunJets, Start], None]) -> None:
-        """Call ``carry`` for every block, with fewer directions where memory does not suffice; read what was asked."""
-        readings, done = self._readings, 0
-
-        def fits(block: RunJets, start: Start) -> bool:
-            """Whether there was memory for it; by returning, its gradients are let go of, or those of a failed pass."""
-            mark = readings.mark()
-            try:
-                carry(block, start)
-            except torch.OutOfMemoryError:
-                readings.go_back(mark)
-                return False
-            return True
-
-        with lost_without_memory(self._steps):
-            try:
-                with quiet(module, module.device) as start:
-                    while done < len(self._blocks):
-                        if fits(self._blocks[done], start):
-                            done += 1
-                        else:
-                            self._halve(done)
-            except Exception:
-                readings.read()  # whose errors come first: this one may only follow from them
-                raise
-            readings.read()
-
-    def _halve(self, first: int) -> None:
-        """Split the block ``first``, for which memory does not suffice, and those after it that need as much.
-
-        Raises:
-            MemoryShortageError: if it is of one direction.
-        """
-        collect_garbage()
-        _, parts, count = self._blocks[first].lead
-        if count == 1:
-            raise MemoryShortageError(
-                f"The memory of the device does not suffice to carry one direction through optimizer step "
-                f"{self._steps}: choose a lower `degree`, fewer `directions` (the coefficients of all of them stay on "
-                "the device) or a smaller batch."
-            )
-        warnings.warn(
-            f"SketchCallback: the memory of the device does not suffice to carry {count} directions through optimizer "
-            f"step {self._steps}, so they are carried in two passes from here on, which takes longer. "
-            f"`directions_per_pass={(count + 1) // 2}` would begin with that.",
-            stacklevel=2,
-        )
-        for i in reversed(range(first, len(self._blocks))):
-            _, *size = self._blocks[i].lead
-            if size[1] > 1 and size[0] * size[1] >= parts * count:
-                self._blocks[i : i + 1] = self._blocks[i].split()
-
-    def _give_up(self, module: pl.LightningModule, error: Exception) -> None:
-        """Leave the run alone from here on; the optimizer's hooks stay, which do nothing without a snapshot."""
-        self._give_step_back(module)
+    @override
+    def _lost(self) -> str:
         steps = self._steps - self._steps % self.every_n_train_steps if self.every_n_train_steps else 0
-        last = f"of step {steps} stays in `{self.dirpath}`" if steps else "is not written"
-        self._blocks, self._tracked, self._given_up = [], TrackedTensors(), True
-        rank_zero_warn(f"SketchCallback: {error} Training goes on; the sketch {last}.")
+        return f"the sketch of step {steps} stays in `{self.dirpath}`" if steps else "the sketch is not written"
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -619,7 +227,7 @@ class SketchCallback(AroundTrainingStep):
             return
         self._together(self._readings.read)
         self._write(pl_module, trainer.optimizers[0])
-        growth = max(self._ranks.share(max((block.growth() for block in self._blocks), default=0.0)))
+        growth = max(self._ranks.share(max((_growth(block.norms()) for block in self._blocks), default=0.0)))
         if growth > 1:
             rank_zero_warn(
                 f"SketchCallback: the Taylor terms of the parameters grow with the order (the last is {growth:.2g} "
@@ -633,7 +241,7 @@ class SketchCallback(AroundTrainingStep):
         assert drawn is not None
         # as the last step left them: another callback may average parameters at the end
         last = self._tracked.values
-        primal = {name: last[name].cpu().contiguous() for name in _tensors(module) if name in last}
+        primal = {name: last[name].cpu().contiguous() for name in tensors_by_name(module) if name in last}
         orders = self._ranks.share(self._units.order)
         shards = self._ranks.collect(
             Shard(block.indices, {name: c.cpu() for name, c in block.coefficients(primal).items()}, block.exponents)
@@ -662,45 +270,16 @@ class SketchCallback(AroundTrainingStep):
 
         self._together(write)
 
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Called at the end: puts everything back and lets go of the model."""
-        super().teardown(trainer, pl_module, stage)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        self._sync.remove()
-        self._forget()
-        give_back_freed_memory()
 
-
-def _scaler(trainer: pl.Trainer) -> Any:
-    return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _tensors(module: pl.LightningModule) -> dict[str, Tensor]:
-    params, buffers = named_tensors(module)
-    return {**params, **buffers}
-
-
-def _outside(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: t for name, t in tensors.items() if id(t) not in held}
-
-
-def _state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """What an optimizer keeps in the shape of its parameters."""
-    return {
-        f"state[{names[p]}][{key!r}]": value
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-        if p in names and isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point()
-    }
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigurationError(f"`{name}` must be a positive integer but is {value!r}.")
+def _growth(norms: dict[str, np.ndarray]) -> float:
+    """Norm of all coefficients of the last order over that of the first, the median over directions."""
+    squares = 2 * np.stack(list(norms.values())) if norms else np.zeros((0, 1, 1))
+    if squares.shape[1] == 1:
+        return 0.0
+    logs = np.logaddexp2.reduce(squares, axis=0) / 2  # (R, k)
+    with np.errstate(invalid="ignore"):
+        ratios = np.where(np.isfinite(logs[-1]), logs[-1] - logs[0], -np.inf)
+    return float(np.exp2(np.sort(ratios)[(len(ratios) - 1) // 2]))
 
 
 def _bytes(count: float) -> str:

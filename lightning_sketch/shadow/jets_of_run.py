@@ -18,7 +18,7 @@ from lightning_sketch.jets.tensor import JetTensor, Lead, coefficient_dtype, jet
 from lightning_sketch.shadow import update
 from lightning_sketch.shadow.checks import Readings, check_gradients, check_loss
 from lightning_sketch.shadow.quiet import Start
-from lightning_sketch.shadow.record import StepRecord, call_with_tensors, replay
+from lightning_sketch.shadow.record import StepRecord, call_with_tensors, evaluate, replay
 from lightning_sketch.shadow.scaling import MAX_EXPONENT, choose_shift, exponents_of, scale_orders
 from lightning_sketch.shadow.update import OptimizerSnapshot, StateBlocks
 from lightning_sketch.shadow.weighting import LossWeighting
@@ -351,15 +351,48 @@ class RunJets:
         self.exponents = self.exponents + shift
         self.psi = scale_orders(self.psi[None], shift)[0]
 
-    def growth(self) -> float:
-        """Norm of the parameters' coefficients of the last order over that of the first, the median over directions."""
-        squares = [b.double().square().sum([1, *range(3, b.ndim)]) for b in self.params.values() if b is not None]
-        if self.lead[0] == 1 or not squares:
-            return 0.0
-        norms = torch.stack(squares).sum(0).sqrt().cpu().numpy()  # (R, k)
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            logs = np.log2(norms[-1] / norms[0]) - (self.lead[0] - 1) * self.exponents
-            return float(np.exp2(np.sort(np.where(np.isnan(logs), -np.inf, logs))[(len(logs) - 1) // 2]))
+    def norms(self) -> dict[str, np.ndarray]:
+        """Return ``log2`` of the norm of every parameter's coefficients, by name, ``(R, k)``; ``-inf`` of zeros."""
+        varying = {name: b for name, b in self.params.items() if b is not None}
+        if not varying:
+            return {}
+        squares = [b.double().square().sum([1, *range(3, b.ndim)]) for b in varying.values()]
+        with np.errstate(divide="ignore"):
+            logs = np.log2(torch.stack(squares).cpu().numpy()) / 2  # (names, R, k)
+        return dict(zip(varying, logs - np.outer(np.arange(1, self.lead[0] + 1), self.exponents), strict=True))
+
+    def evaluate(
+        self,
+        start: Start,
+        module: Any,
+        record: StepRecord,
+        tensors: Mapping[str, Tensor],
+        output: Callable[[Any, tuple[Any, ...]], Tensor],
+    ) -> np.ndarray:
+        """Return the coefficients of an output of the module as the jets have it now, ``(R, k, *out)`` complex128.
+
+        Args:
+            start: what :func:`quiet` yields.
+            module: the user's LightningModule.
+            record: a micro-batch, whose random state and attributes are taken up.
+            tensors: the present values of parameters and buffers, by name.
+            output: gets the module and the arguments that its training step had in ``record``.
+        """
+        found = {**self.buffers[record.rank], **self.params}
+        jets = {
+            name: wrap(t.clone(), [found.get(name)], self.lead) if t.dtype.is_floating_point else t.clone()
+            for name, t in tensors.items()
+        }
+        value = evaluate(start, module, record, jets, output, self._carried)
+        if type(value) is not JetTensor:
+            parts = np.zeros((self.lead[0], 2, self.lead[2], *value.shape))
+        else:
+            parts = value.coefficients.detach().double().cpu().numpy()
+        complex_ = parts[:, 0] + (1j * parts[:, 1] if parts.shape[1] == 2 else 0j)
+        orders = np.arange(1, self.lead[0] + 1)
+        scale = np.exp2(-np.outer(orders, self.exponents).astype(np.float64))
+        coefficients: np.ndarray = complex_ * scale.reshape(*scale.shape, *[1] * (complex_.ndim - 2))
+        return coefficients
 
     def coefficients(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the scaled coefficients of every parameter and buffer that varies, by name, ``(R, P, k, *S)``."""

@@ -322,3 +322,34 @@ def replay(
         forbid_reading(module, carried)
         result = call_with_tensors(module, tensors, run)
         return result, varying_attributes(module, record.left)
+
+
+def evaluate(
+    start: Start,
+    module: Any,
+    record: StepRecord,
+    tensors: dict[str, Tensor],
+    output: Callable[[Any, tuple[Any, ...]], Tensor],
+    carried: frozenset[str] = frozenset(),
+) -> Tensor:
+    """Return ``output(module, args)`` for the arguments of a recorded step, with replaced tensors, without a graph.
+
+    Args:
+        start: what :func:`quiet` yields, which leaves no trace of it.
+        module: the user's LightningModule.
+        record: the step, whose random state and attributes are taken up.
+        tensors: parameters and buffers by name.
+        output: what is evaluated.
+        carried: as in :func:`replay`.
+    """
+    args = _copy_containers(record.args)
+
+    def run() -> Tensor:
+        with _precision_of(module):
+            return output(module, args)
+
+    start(record.random_state, record.module_state)
+    with differentiable_kernels(), torch.no_grad():
+        forbid_reading(module, carried)
+        value: Tensor = call_with_tensors(module, tensors, run)
+        return value
