@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sketch import Sketch
-from lightning_sketch.callbacks import sketch as callback_module
+from lightning_sketch.callbacks import _carrying as callback_module
 from lightning_sketch.errors import FidelityError
 from lightning_sketch.jets import JetTensor, registry
 from lightning_sketch.optim import StableAdamW

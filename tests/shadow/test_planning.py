@@ -20,7 +20,7 @@ MIB = 1 << 20
 def measured(make, tmp_path, monkeypatch, **options):
     seen = []
     monkeypatch.setattr(
-        "lightning_sketch.callbacks.sketch.directions_per_pass", lambda size, *_: seen.append(size) or 1
+        "lightning_sketch.callbacks._carrying.directions_per_pass", lambda size, *_: seen.append(size) or 1
     )
     fit(make, [sketch(tmp_path, 2)], **options)
     return seen[0]
@@ -209,7 +209,7 @@ def test_a_run_that_cannot_fit_is_refused_before_its_first_step(tmp_path, monkey
 
 def test_passes_are_split_by_the_plan(tmp_path, monkeypatch):
     """Oracle: five real directions, two a pass."""
-    monkeypatch.setattr("lightning_sketch.callbacks.sketch.directions_per_pass", lambda *_: 2)
+    monkeypatch.setattr("lightning_sketch.callbacks._carrying.directions_per_pass", lambda *_: 2)
     fit(Classifier, [sketch(tmp_path, 1, design="basis", units=[i % 5 for i in range(12)])])
     shards = list(Sketch.load(tmp_path / "sketch").shards())
     assert [len(s.indices) for s in shards] == [2, 2, 1]
