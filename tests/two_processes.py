@@ -23,7 +23,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_sketch import Reweight, SketchCallback, StableAdamW
+from lightning_sketch import Reweight, SketchCallback, StabilityMonitor, StableAdamW
+from lightning_sketch.callbacks.stability import Measurement
 from lightning_sketch.errors import LightningSketchError
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -247,6 +248,27 @@ def synchronized_batch_norm(folder: Path) -> None:
         fit(Momentum, [callback], loader(), sync_batchnorm=True, **DDP)
 
 
+def fixed_losses(module: Any, batch: Any) -> Tensor:
+    x, y = data(8, seed=5)[:]
+    return F.cross_entropy(module.net(x), y, reduction="none")
+
+
+def monitor(window: int | None) -> StabilityMonitor:
+    return StabilityMonitor(3, window, degree=2, output=fixed_losses)
+
+
+def numbers(history: list[Measurement]) -> Tensor:
+    return torch.tensor([[m.step, m.parameter_sensitivity, m.profile.spread, *m.profile.log2_norms] for m in history])
+
+
+def monitored(folder: Path) -> None:
+    for window in (2, None):
+        callback = monitor(window)
+        trainer = fit(Momentum, [callback], loader(), **DDP)[1]
+        logged = trainer.callback_metrics["stability/log2_norm_order_2"]
+        torch.save((numbers(callback.history), logged), folder / f"{window}-{RANK}.pt")
+
+
 class told:
     """Writes down the error that its block raises."""
 
@@ -277,6 +299,7 @@ CASES = [
     unwritable,
     communicating,
     synchronized_batch_norm,
+    monitored,
 ]
 
 if __name__ == "__main__":

@@ -234,6 +234,17 @@ def test_all_processes_raise_what_one_meets(runs: Path, case: str, name: str, me
     assert message.rpartition(".*")[2] in told
 
 
+@pytest.mark.parametrize("window", [2, None])
+def test_a_monitor_of_two_processes(runs: Path, window: int | None) -> None:
+    """Oracle: one process on the same global batches; both log the same."""
+    callback = script.monitor(window)
+    fit(script.Momentum, [callback], DataLoader(data(script.EXAMPLES), batch_sampler=Together(3)))
+    for rank in range(2):
+        found, logged = torch.load(runs / "monitored" / f"{window}-{rank}.pt")
+        assert torch.allclose(found, script.numbers(callback.history), rtol=1e-9)
+        assert float(logged) == pytest.approx(float(found[-1, -1]), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
