@@ -68,14 +68,13 @@ class StabilityMonitor(CarriesJets):
       unit;
     - ``stability/spread``: standard deviation of the log2 terms over the probes.
 
-    Measured after the first window (a whole run: after 10 steps), at multiples of ``every_n_steps`` and after the last
-    step; between, loggers are given the last values. The run itself is left alone: parameters, optimizer state and
-    random numbers are bit-identical.
+    Windows begin with the first step and at multiples of ``every_n_steps``, and are measured where they end; whole runs
+    are measured after at most 10 steps, at multiples of ``every_n_steps`` and after the last step. Between, loggers are given
+    the last values. The run itself is left alone: parameters, optimizer state and random numbers are bit-identical.
 
     Args:
         every_n_steps: optimizer steps between two measurements.
-        window: how many optimizer steps up to each measurement the probes are carried through; ``None`` = the whole
-            run.
+        window: how many optimizer steps the probes are carried through; ``None`` = the whole run.
         probes: number of random sign patterns.
         degree: highest order, at least 2 for a growth.
         output: whose sensitivity: ``"train_loss"`` of the last batch; ``"val_loss"`` of the first validation batch,
@@ -181,14 +180,12 @@ class StabilityMonitor(CarriesJets):
         self._until = self._next(trainer.global_step)
 
     def _next(self, step: int) -> int:
-        """Return the first optimizer step from ``step`` on after which is measured; a window before it begins later."""
-        whole = self._beside is not None or self.window is None
-        length = min(1 if whole else int(self.window or 0), self._end)
-        first = min(FIRST, self.every_n_steps, self._end) if whole else length
-        regular = math.ceil((step + length) / self.every_n_steps) * self.every_n_steps
-        last = self._end if step + length <= self._end else math.inf
-        found = min(regular, last, first if step + length <= first else math.inf)
-        return int(found)
+        """Return the first optimizer step after ``step`` of them after which is measured."""
+        if self._beside is None and self.window is not None:
+            return math.ceil(step / self.every_n_steps) * self.every_n_steps + int(min(self.window, self._end))
+        regular = (step // self.every_n_steps + 1) * self.every_n_steps
+        first = min(FIRST, self.every_n_steps)
+        return int(min(n for n in (first, regular, self._end, math.inf) if n > step))
 
     @override
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Directions:
@@ -219,7 +216,7 @@ class StabilityMonitor(CarriesJets):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.window is None or self._following or self._given_up:
             return
-        if trainer.global_step == self._until - min(self.window, self._until):
+        if trainer.global_step == self._until - min(self.window, self._end):
             self._open(trainer, pl_module)
 
     def _open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
