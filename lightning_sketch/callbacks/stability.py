@@ -69,8 +69,9 @@ class StabilityMonitor(CarriesJets):
     - ``stability/spread``: standard deviation of the log2 terms over the probes.
 
     Windows begin with the first step and at multiples of ``every_n_steps``, and are measured where they end; whole runs
-    are measured after at most 10 steps, at multiples of ``every_n_steps`` and after the last step. Between, loggers are given
-    the last values. The run itself is left alone: parameters, optimizer state and random numbers are bit-identical.
+    are measured after at most 10 steps, at multiples of ``every_n_steps`` and after the last step. Between, loggers are
+    given the last values. The run itself is left alone: parameters, optimizer state and random numbers are
+    bit-identical.
 
     Args:
         every_n_steps: optimizer steps between two measurements.
@@ -185,7 +186,7 @@ class StabilityMonitor(CarriesJets):
             return math.ceil(step / self.every_n_steps) * self.every_n_steps + int(min(self.window, self._end))
         regular = (step // self.every_n_steps + 1) * self.every_n_steps
         first = min(FIRST, self.every_n_steps)
-        return int(min(n for n in (first, regular, self._end, math.inf) if n > step))
+        return int(min(n for n in (first, regular, self._end) if n > step))
 
     @override
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Directions:

@@ -68,15 +68,15 @@ class StabilityProfile:
     def error(self, units: ArrayLike) -> np.ndarray:
         """Return the relative error to expect of predictions of degree ``R`` for ``units`` random units, ``(*units)``.
 
-        The orders left out are taken to fall by the largest ratio of consecutive :meth:`terms` and to have independent
-        signs (as :func:`~lightning_sketch.prediction.tail.tail` does); infinite where they do not fall.
+        The orders left out are taken to fall by the largest ratio of consecutive :meth:`terms` and to add up, all with
+        the same sign; infinite where they do not fall. Of degree 1 NaN: one term does not tell how fast they fall.
         """
         sizes = self.terms(units)
         if self.degree == 1:
             return np.full(sizes.shape[1:], np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.nan_to_num(sizes[1:] / sizes[:-1], nan=0.0, posinf=np.inf).max(axis=0)
-            tail = np.where(ratio < 1, ratio / np.sqrt(np.maximum(1 - ratio**2, 0)), np.inf) * sizes[-1]
+            tail = np.where(ratio < 1, ratio / (1 - ratio), np.inf) * sizes[-1]
             relative: np.ndarray = np.where(sizes[-1] > 0, tail / np.sqrt(np.square(sizes).sum(axis=0)), 0.0)
         return relative
 
