@@ -31,7 +31,7 @@ STEPS = EPOCHS * (TRAIN // BATCH)
 SETS = 3
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "GELU": nn.GELU, "tanh": nn.Tanh}
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "SGD": lambda params, model: torch.optim.SGD(params, lr=0.1 if model == "MLP" else 0.02, momentum=0.9),
+    "SGD": lambda params, model: torch.optim.SGD(params, lr=0.1 if model == "MLP" else 0.01, momentum=0.9),
     "AdamW": lambda params, model: torch.optim.AdamW(params, lr=0.01),
     "StableAdamW": lambda params, model: StableAdamW(params, lr=0.01 if model != "transformer" else 0.003, eps=1e-3),
     "RMSprop": lambda params, model: torch.optim.RMSprop(params, lr=0.001),

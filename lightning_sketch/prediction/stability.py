@@ -89,9 +89,11 @@ class StabilityProfile:
         Returns:
             0 if not even the deletion of one unit can be trusted, or the degree is 1.
         """
-        sizes = np.arange(1, max(1, self.num_units // 2) + 1)
-        good = self.error(sizes) <= tolerance
-        return int(sizes[-1] if good.all() else np.argmin(good))
+        low, high = 0, max(1, self.num_units // 2)
+        while low < high:  # errors grow with the deletion
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.error(middle) <= tolerance else (low, middle - 1)
+        return low
 
     def __repr__(self) -> str:
         norms = ", ".join(f"{norm:.1f}" for norm in self.log2_norms[:4])
