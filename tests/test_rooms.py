@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import lightning_sketch
+import lightning_sketch.influence
 import lightning_sketch.jets
 import lightning_sketch.metrics
 import lightning_sketch.prediction
@@ -21,6 +22,7 @@ ROOMS = [
     "shadow",
     "sketch",
     "prediction",
+    "influence",
     "metrics",
     "plotting",
     "callbacks",
@@ -57,7 +59,14 @@ def test_modules_import_only_from_rooms_above(path):
 
 
 @pytest.mark.parametrize(
-    "module", [lightning_sketch, lightning_sketch.jets, lightning_sketch.prediction, lightning_sketch.metrics]
+    "module",
+    [
+        lightning_sketch,
+        lightning_sketch.jets,
+        lightning_sketch.prediction,
+        lightning_sketch.influence,
+        lightning_sketch.metrics,
+    ],
 )
 def test_public_names_exist_and_are_documented(module):
     """Oracle: ``__all__``."""
