@@ -23,8 +23,9 @@ from lightning_sketch.jets.memory import collect_garbage, give_back_freed_memory
 from lightning_sketch.shadow.carried import AttributeWatch
 from lightning_sketch.shadow.checks import Readings, check_update
 from lightning_sketch.shadow.jets_of_run import RunJets, lost_without_memory
+from lightning_sketch.shadow.places import Places
 from lightning_sketch.shadow.planning import StepSize, check_memory, directions_per_pass, measure_step
-from lightning_sketch.shadow.quiet import Start, named_tensors, quiet
+from lightning_sketch.shadow.quiet import Start, quiet
 from lightning_sketch.shadow.ranks import BufferSync, Ranks
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step, share_records
 from lightning_sketch.shadow.update import Counts, OptimizerSnapshot, ask_counts, count_state_tensors
@@ -79,12 +80,14 @@ class CarriesJets(AroundTrainingStep):
         self._verified = False
         self._size: StepSize | None = None
         self._first: dict[str, tuple[Any, int]] = {}  # tensors with which all processes began, and their versions
-        self._names: dict[Tensor, str] = {}
-        self._module: pl.LightningModule | None = None
+        self._params: Mapping[str, Tensor] = {}  # with which training began
+        self._names: dict[int, str] = {}  # of these, by `id`
+        self._places: Places | None = None
         self._records: list[StepRecord] = []
         self._pending: StepRecord | None = None
         self._snapshot: OptimizerSnapshot | None = None
         self._tracked = TrackedTensors()
+        self._gradients = TrackedTensors()
         self._attributes = AttributeWatch()
         self._readings = Readings()
         self._counts: Counts = {}
@@ -132,8 +135,9 @@ class CarriesJets(AroundTrainingStep):
         """Stand between the Trainer and the user's step and optimizer; nothing is followed yet."""
         optimizer = check_optimizers(trainer.optimizers, module, self._name, _scaler(trainer))
         self._units.start(trainer)
-        self._names = {p: name for name, p in module.named_parameters()}
-        self._module = module
+        self._places = Places(module)
+        self._params = self._places.params
+        self._names = {id(p): name for name, p in self._params.items()}
         self._drawn = self._draw(trainer, module)
         self._state_tensors = count_state_tensors(optimizer)
         self._announce(trainer, module)
@@ -143,7 +147,7 @@ class CarriesJets(AroundTrainingStep):
             optimizer.register_step_post_hook(lambda *_: self._leave_step(trainer, module)),
         ]
         self._sync = BufferSync(trainer.strategy.model)
-        self._first = {name: (weakref.ref(t), t._version) for name, t in tensors_by_name(module).items()}
+        self._first = {name: (weakref.ref(t), t._version) for name, t in self._places.tensors.items()}
         self._take_step(module, lambda step, args: self._recorded(trainer, module, step, args))
 
     def _draw(self, trainer: pl.Trainer, module: pl.LightningModule) -> Directions:
@@ -183,20 +187,27 @@ class CarriesJets(AroundTrainingStep):
         """What a resumed run goes on from: gradients of an unfinished step are lost, what it left in buffers is not."""
         if not self._records:
             return self._blocks
-        optimizer, module = self._optimizer, self._module
+        optimizer, places = self._optimizer, self._look()
+        module: Any = places.module
         assert self._original is not None
         assert optimizer is not None
-        assert module is not None
-        records = self._shared(self._records, module)
-        snapshot = OptimizerSnapshot.capture(optimizer, self._names, self._tracked.values, module, self._counts)
+        records = self._shared(self._records)
+        of_run = TrackedTensors()
+        snapshot = OptimizerSnapshot.capture(optimizer, self._names, self._tracked, of_run, places, self._counts)
         blocks = [copy.copy(block) for block in self._blocks]
-        with quiet(module, module.device) as start:
+        with quiet(places, module.device) as start:
             for block in blocks:
                 block.skip(start, module, self._original, self.weighting, records, snapshot)
         return blocks
 
-    def _shared(self, records: list[StepRecord], module: pl.LightningModule) -> list[StepRecord]:
-        return records if self._ranks.size == 1 else share_records(records, self._changed(module), self._ranks)
+    def _look(self) -> Places:
+        """Where the module keeps what it has, now."""
+        assert self._places is not None
+        self._places = self._places.now()
+        return self._places
+
+    def _shared(self, records: list[StepRecord]) -> list[StepRecord]:
+        return records if self._ranks.size == 1 else share_records(records, self._changed(), self._ranks)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -239,7 +250,7 @@ class CarriesJets(AroundTrainingStep):
         self._units.order = orders[self._ranks.rank] if len(orders) == self._ranks.size else joint_order(orders)
         self._steps, self._given_up, self._loaded = state["steps"], state["given_up"], None
         self._verified = bool(state["blocks"])
-        self._tracked.note(tensors_by_name(module))
+        self._tracked.note(self._look().tensors)
 
     def _make_blocks(self, step: StepSize, module: pl.LightningModule) -> Iterator[RunJets]:
         """This process's share of the directions; of one kind each, so that real ones cost half."""
@@ -273,23 +284,26 @@ class CarriesJets(AroundTrainingStep):
         """Run the user's ``training_step``, remembering what it starts from."""
         if not self._following:
             return step(*args)
-        tensors = tensors_by_name(module)
+        places = self._look()
+        tensors = places.tensors
         if self._steps > self._first_step:
             self._tracked.refuse_new(tensors, self._steps)
         else:
             self._tracked.note({name: t for name, t in tensors.items() if name not in self._tracked.values})
         synchronized = self._sync.happened()
         if synchronized and not self._ranks.is_first:
-            self._tracked.note(dict(module.named_buffers()))  # which the first process has checked
-        self._tracked.check(tensors, self._steps, self._readings)
-        others = {name: self._tracked.values[name] for name in _outside(trainer.optimizers[0], tensors)}
+            self._tracked.note(places.buffers)  # which the first process has checked
+        held, others = _split(trainer.optimizers[0], tensors)
+        self._tracked.check(held, self._steps, self._readings)
+        self._tracked.check(others, self._steps, self._readings)
+        buffers = {name: self._tracked.values[name].clone() for name in others}
         units = self._units.of_batch(args[0]).to(module.device, non_blocking=True)
         micro_batches = trainer.accumulate_grad_batches * self._ranks.size
-        outputs, self._pending = record_step(module, step, args, units, others, micro_batches)
+        outputs, self._pending = record_step(places, step, args, units, buffers, micro_batches)
         if self._pending is not None:  # what a step without a loss leaves there has no coefficients
-            self._pending.foreign = self._attributes.changed(module, self._pending.module_state)
+            self._pending.foreign = self._attributes.changed(self._pending.module_state)
             self._pending.synchronized = synchronized
-            self._pending.left = self._attributes.note(module)
+            self._pending.left = self._attributes.note(self._look())
         return outputs
 
     @override
@@ -302,7 +316,11 @@ class CarriesJets(AroundTrainingStep):
         """Called after every micro-batch, while the parameters are those that it saw."""
         if self._pending is None:
             return
-        self._tracked.note(_outside(trainer.optimizers[0], tensors_by_name(pl_module)))
+        places = self._places
+        assert places is not None
+        moved = places is not self._pending.module_state.places
+        others = _split(trainer.optimizers[0], places.tensors)[1] if moved else self._pending.buffers
+        self._tracked.note(places.read(others))
         scaler = _scaler(trainer)
         if scaler is not None:  # a gradient is the mean over processes, as ours is by division of the loss
             count = torch.full((), self._ranks.size, dtype=torch.float32, device=pl_module.device)
@@ -344,9 +362,10 @@ class CarriesJets(AroundTrainingStep):
                 "once: use StableAdamW or SGD."
             )
         if self._records:
+            assert self._places is not None
             self._tracked.check(_state(optimizer, self._names), self._steps, self._readings)
             self._snapshot = OptimizerSnapshot.capture(
-                optimizer, self._names, self._tracked.values, pl_module, self._counts
+                optimizer, self._names, self._tracked, self._gradients, self._places, self._counts
             )
 
     def _enter_step(self) -> None:
@@ -372,8 +391,8 @@ class CarriesJets(AroundTrainingStep):
         snapshot = self._follow(module, lambda snapshot, records: self._carry(trainer, module, snapshot, records))
         if snapshot is None:
             return
-        params = {name: p for p, name in self._names.items()}
-        self._tracked.note({**params, **_state(snapshot.optimizer, self._names)})
+        self._tracked.note(dict(zip(snapshot.copies.values, snapshot.held, strict=True)))
+        self._tracked.note(_state(snapshot.optimizer, self._names))
         self._steps += 1
         self._after_step(module, snapshot.optimizer)
 
@@ -386,7 +405,7 @@ class CarriesJets(AroundTrainingStep):
         if snapshot is None:
             return None
         try:
-            records = self._shared(records, module)
+            records = self._shared(records)
             self._together(lambda: carry(snapshot, records))
             self._last = records[-self._ranks.size]
         except (InstabilityError, MemoryShortageError) as error:
@@ -398,9 +417,9 @@ class CarriesJets(AroundTrainingStep):
             return None
         return snapshot
 
-    def _changed(self, module: pl.LightningModule) -> set[str]:
+    def _changed(self) -> set[str]:
         """Names of the tensors that are not as all processes began with them."""
-        tensors, first = tensors_by_name(module), self._first
+        tensors, first = self._look().tensors, self._first
         return {n for n, t in tensors.items() if n not in first or first[n][0]() is not t or first[n][1] != t._version}
 
     def _carry(
@@ -417,7 +436,7 @@ class CarriesJets(AroundTrainingStep):
         def advance(block: RunJets, start: Start) -> None:
             params = block.advance(start, module, original, self.weighting, records, snapshot, clip, step, readings)
             with lost_without_memory(step):
-                check_update(params, snapshot, self._names, step, readings)
+                check_update(params, snapshot, step, readings)
 
         self._counts = ask_counts(snapshot.optimizer, self._names, readings)
         self._in_passes(module, advance)
@@ -426,14 +445,15 @@ class CarriesJets(AroundTrainingStep):
         """Carry the coefficients through a step without an update."""
         original = self._original
         assert original is not None
-        self._tracked.check(named_tensors(module)[0], self._steps, self._readings)
+        self._tracked.check(self._look().params, self._steps, self._readings)
         self._in_passes(
             module, lambda block, start: block.skip(start, module, original, self.weighting, records, snapshot)
         )
 
     def _in_passes(self, module: pl.LightningModule, carry: Callable[[RunJets, Start], None]) -> None:
         """Call ``carry`` for every block, with fewer directions where memory does not suffice; read what was asked."""
-        readings, done = self._readings, 0
+        readings, done, places = self._readings, 0, self._places
+        assert places is not None
 
         def fits(block: RunJets, start: Start) -> bool:
             """Whether there was memory for it; by returning, its gradients are let go of, or those of a failed pass."""
@@ -447,7 +467,7 @@ class CarriesJets(AroundTrainingStep):
 
         with lost_without_memory(self._steps):
             try:
-                with quiet(module, module.device) as start:
+                with quiet(places, module.device) as start:
                     while done < len(self._blocks):
                         if fits(self._blocks[done], start):
                             done += 1
@@ -499,11 +519,11 @@ class CarriesJets(AroundTrainingStep):
         assert self._drawn is not None
         assert self._last is not None
         record, values = self._last, self._tracked.values
-        tensors = {name: values[name] for name in tensors_by_name(module) if name in values}
+        tensors = {name: values[name] for name in self._look().tensors if name in values}
         found: list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]] = []
 
         def evaluate() -> None:
-            with quiet(module, module.device) as start:
+            with quiet(self._look(), module.device) as start:
                 for block in self._blocks:
                     coefficients = block.evaluate(start, module, record, tensors, output)
                     found.append((block.indices, coefficients, block.norms()))
@@ -524,7 +544,8 @@ class CarriesJets(AroundTrainingStep):
     def _give_up(self, module: pl.LightningModule, error: Exception) -> None:
         """Leave the run alone from here on; the optimizer's hooks stay, which do nothing without a snapshot."""
         self._give_step_back(module)
-        self._blocks, self._tracked, self._given_up = [], TrackedTensors(), True
+        self._blocks, self._given_up = [], True
+        self._tracked, self._gradients = TrackedTensors(), TrackedTensors()
         rank_zero_warn(f"{self._name}: {error} Training goes on; {self._lost()}.")
 
     @override
@@ -543,23 +564,20 @@ def _scaler(trainer: pl.Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def tensors_by_name(module: pl.LightningModule) -> dict[str, Tensor]:
-    params, buffers = named_tensors(module)
-    return {**params, **buffers}
+def _split(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those that the optimizer holds, in its order, and the others."""
+    names = {id(t): name for name, t in tensors.items()}
+    held = [names.pop(id(p), None) for group in optimizer.param_groups for p in group["params"]]
+    return {name: tensors[name] for name in held if name is not None}, {name: tensors[name] for name in names.values()}
 
 
-def _outside(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: t for name, t in tensors.items() if id(t) not in held}
-
-
-def _state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+def _state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
     """What an optimizer keeps in the shape of its parameters."""
     return {
-        f"state[{names[p]}][{key!r}]": value
+        f"state[{names[id(p)]}][{key!r}]": value
         for p, state in optimizer.state.items()
         for key, value in state.items()
-        if p in names and isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point()
+        if id(p) in names and isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point()
     }
 
 

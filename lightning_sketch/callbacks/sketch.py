@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sketch.callbacks._carrying import CarriesJets, check_count, tensors_by_name
+from lightning_sketch.callbacks._carrying import CarriesJets, check_count
 from lightning_sketch.callbacks._examples import joint_order
 from lightning_sketch.directions import (
     Directions,
@@ -241,7 +241,7 @@ class SketchCallback(CarriesJets):
         assert drawn is not None
         # as the last step left them: another callback may average parameters at the end
         last = self._tracked.values
-        primal = {name: last[name].cpu().contiguous() for name in tensors_by_name(module) if name in last}
+        primal = {name: last[name].cpu().contiguous() for name in self._look().tensors if name in last}
         orders = self._ranks.share(self._units.order)
         shards = self._ranks.collect(
             Shard(block.indices, {name: c.cpu() for name, c in block.coefficients(primal).items()}, block.exponents)

@@ -222,13 +222,14 @@ class StabilityMonitor(CarriesJets):
 
     def _open(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Begin to carry jets that vanish so far: what came before the window is taken as it is."""
-        self._tracked, self._attributes, self._seen = TrackedTensors(), AttributeWatch(), []
+        self._attributes = AttributeWatch()
         self._first_step = self._steps = trainer.global_step
         self._blocks = [] if self._size is None else list(self._make_blocks(self._size, module))
         self._following = True
 
     def _close(self) -> None:
-        self._blocks, self._tracked, self._seen, self._last = [], TrackedTensors(), [], None
+        self._tracked, self._gradients = TrackedTensors(), TrackedTensors()
+        self._blocks, self._seen, self._last = [], [], None
         self._following = False
 
     @override

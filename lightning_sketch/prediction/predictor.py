@@ -20,6 +20,7 @@ from lightning_sketch.prediction.effect import Effect
 from lightning_sketch.prediction.evaluation import Evaluation, check_arguments, evaluate
 from lightning_sketch.prediction.outputs import PARAMETER, Output, named_output, targets_of
 from lightning_sketch.shadow.example_ids import batch_size
+from lightning_sketch.shadow.places import Places
 from lightning_sketch.shadow.quiet import RandomState, quiet
 from lightning_sketch.shadow.record import call_with_tensors, differentiable_kernels
 from lightning_sketch.shadow.scaling import scale_orders
@@ -299,14 +300,14 @@ class DeletionPredictor:
         module, function, device = self.module, self._function, self._device
         buffers = dict(module.named_buffers())  # a batch may change them, but not for the next one
         tensors = {name: t.clone() if name in buffers else t for name, t in tensors.items()}
-        with quiet(module, device) as start, differentiable_kernels():
+        with quiet(Places(module), device) as start, differentiable_kernels():
             start(RandomState.capture(device), None)
             module.eval()
             if function is None:
                 result = self._losses(tensors, batch, lead)
             else:
                 with torch.no_grad():
-                    result = call_with_tensors(module, tensors, lambda: function(module, batch))
+                    result = call_with_tensors(Places(module), tensors, lambda: function(module, batch))
         if not isinstance(result, Tensor):
             raise ConfigurationError(f"`output` must return a tensor but returned {type(result).__name__}.")
         if not result.dtype.is_floating_point:
@@ -322,7 +323,7 @@ class DeletionPredictor:
         function = weighting.per_example(module)
         if function is not None:
             with torch.no_grad():
-                return call_with_tensors(module, tensors, lambda: function(module, batch))
+                return call_with_tensors(Places(module), tensors, lambda: function(module, batch))
         size = batch_size(batch)
         if size is None:
             raise ConfigurationError(
@@ -337,7 +338,8 @@ class DeletionPredictor:
         with torch.enable_grad():
             frozen = {name: t.detach() for name, t in tensors.items()}
             args = arguments_of(step, batch, 0)
-            loss = training_loss(call_with_tensors(module, frozen, lambda: weighting(module, step, args, weights)))
+            weighted = call_with_tensors(Places(module), frozen, lambda: weighting(module, step, args, weights))
+            loss = training_loss(weighted)
         if loss is None:
             raise ConfigurationError("`output='loss'`: `training_step` returned None for this batch.")
         (gradient,) = torch.autograd.grad(loss, weights)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.jets.tensor import JetTensor
-from lightning_sketch.shadow.quiet import IMMUTABLE, STRUCTURE, ModuleState, by_name, modules_of
+from lightning_sketch.shadow.places import Places, by_name
+from lightning_sketch.shadow.quiet import ModuleState
 
 _HOLDERS = (list, tuple, dict, deque)
 _TENSOR_OR_HOLDER = (Tensor, *_HOLDERS)
@@ -50,11 +51,8 @@ def flatten(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    for m in modules_of(module):
-        for key, value in m.__dict__.items():
-            if key not in STRUCTURE and type(value) not in IMMUTABLE and isinstance(value, _TENSOR_OR_HOLDER):
-                yield m, key, value
+def _attributes(places: Places) -> Iterator[tuple[nn.Module, str, Any]]:
+    return (attribute for attribute in places.mutable() if isinstance(attribute[2], _TENSOR_OR_HOLDER))
 
 
 class AttributeWatch:
@@ -63,22 +61,22 @@ class AttributeWatch:
     def __init__(self) -> None:
         self._left: dict[tuple[nn.Module, str], list[tuple[Callable[[], Any], int]]] | None = None
 
-    def note(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    def note(self, places: Places) -> list[tuple[nn.Module, str]]:
         """Called after every ``training_step``; return which attributes hold any, as owner and name."""
         self._left = {}
-        for m, key, value in _attributes(module):
+        for m, key, value in _attributes(places):
             for t in flatten(value):
                 if isinstance(t, Tensor) and _may_vary(t):
                     self._left.setdefault((m, key), []).append((weakref.ref(t), t._version))
         return list(self._left)
 
-    def changed(self, module: nn.Module, before: ModuleState) -> frozenset[str]:
+    def changed(self, before: ModuleState) -> frozenset[str]:
         """Return their names, given the state before a ``training_step``; all is constant before the first."""
         if self._left is None:
             return frozenset()
         return frozenset(
             by_name(
-                module,
+                before.places.module,
                 (
                     (m, key, t)
                     for m, key, t, version in before.tensors
@@ -115,7 +113,7 @@ def forbid_reading(module: nn.Module, names: frozenset[str]) -> None:
     if not names:
         return
     stand_ins: dict[Any, _Carried] = {}
-    named = by_name(module, ((m, key, (m, key, value)) for m, key, value in _attributes(module)))
+    named = by_name(module, ((m, key, (m, key, value)) for m, key, value in _attributes(Places(module))))
     for name in names & named.keys():
         owner, key, value = named[name]
         owner.__dict__[key] = _replaced(value, name, stand_ins)

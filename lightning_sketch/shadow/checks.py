@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lightning_sketch.errors import FidelityError, InstabilityError
 from lightning_sketch.jets.tensor import JetTensor, primal_of
-from lightning_sketch.shadow.flat import sums
+from lightning_sketch.shadow.flat import Copies
 
 if TYPE_CHECKING:
     from lightning_sketch.shadow.update import OptimizerSnapshot
@@ -89,41 +90,34 @@ def check_loss(loss: Tensor, theirs: Tensor, step: int, readings: Readings) -> N
     readings.ask(torch.cat([ours.detach().double().reshape(1), theirs.reshape(1)]), judge)
 
 
-def check_gradients(
-    ours: Mapping[str, JetTensor | None], theirs: Mapping[str, Tensor | None], step: int, readings: Readings
-) -> None:
+def check_gradients(ours: Mapping[str, JetTensor | None], theirs: Copies, step: int, readings: Readings) -> None:
     """Require order 0 of every gradient to be the user's ``p.grad``, up to rounding.
 
     Args:
         ours: gradients of the re-run, by name.
-        theirs: the user's.
+        theirs: the user's, of parameters that have one.
         step: number of the optimizer step.
         readings: which raises :class:`FidelityError` naming the parameter that differs.
 
     Raises:
         FidelityError: at once, if a parameter has a gradient in the re-run only.
     """
-    names = [name for name, g in theirs.items() if g is not None]
-    for name in theirs.keys() - set(names):
+    for name in ours.keys() - theirs.values.keys():
         if ours[name] is not None:
             raise FidelityError(
                 f"Parameter `{name}` has no gradient in the run at optimizer step {step}, but has one in the "
                 "re-run of `training_step`: does a hook set it to None?"
             )
-    of_run: list[Tensor] = [g for g in theirs.values() if g is not None]
     # without a gradient of ours a parameter may still have zeros, from an earlier step
-    again = [
-        torch.zeros_like(g) if (mine := ours[name]) is None else mine.primal
-        for name, g in zip(names, of_run, strict=True)
-    ]
-    tolerance = _tolerances(of_run)
+    again = [torch.zeros_like(g) if (mine := ours[name]) is None else mine.primal for name, g in theirs.values.items()]
+    tolerance = _tolerances(theirs.dtypes)
 
     def excess(difference: np.ndarray, norm: np.ndarray) -> np.ndarray:
         return difference - tolerance * (norm + 1e-2 * np.sqrt((norm**2).sum()))
 
     _require(
-        names,
-        sums(lambda mine, g: _squares(mine - g, g), again, of_run),
+        list(theirs.values),
+        theirs.sums(lambda mine, g: _squares(mine - g, g), again),
         excess,
         "The gradient of `{}` in the re-run of `training_step` is not the run's `p.grad` at optimizer step "
         f"{step} (or is not finite): a gradient hook, another dropout mask, or a kernel with a random state of its "
@@ -132,50 +126,41 @@ def check_gradients(
     )
 
 
-@torch.no_grad()
-def check_update(
-    params: Mapping[str, JetTensor],
-    snapshot: OptimizerSnapshot,
-    names: Mapping[Tensor, str],
-    step: int,
-    readings: Readings,
-) -> None:
+def check_update(params: Mapping[str, JetTensor], snapshot: OptimizerSnapshot, step: int, readings: Readings) -> None:
     """Require gradients and parameters after our step of the optimizer to be the user's, up to rounding.
 
     Args:
         params: our parameters after the step; their ``grad`` is the clipped gradient.
         snapshot: the user's optimizer before the step.
-        names: the user's parameters, after the step, and their names.
         step: number of the optimizer step.
         readings: which raises :class:`FidelityError` naming the parameter that differs.
     """
-    updated = [(name, params[name], p) for p, name in names.items() if name in params]
     clipped: list[tuple[str, Tensor, Tensor]] = [
         (name, mine.primal, g)  # type: ignore[attr-defined]
-        for name, jet, p in updated
+        for (name, jet), p in zip(params.items(), snapshot.held, strict=True)
         if (g := p.grad) is not None and (mine := jet.grad) is not None
     ]
-    of_run = [g for _, _, g in clipped]
-    of_gradient = _tolerances(of_run)
+    names, ours, of_run = map(list, zip(*clipped, strict=True)) if clipped else ([], [], [])
+    gradients = snapshot.gradients  # what is compared lies as these do
+    if names != list(gradients.values):
+        gradients = Copies(dict(zip(names, of_run, strict=True)))
+    of_gradient = _tolerances(gradients.dtypes)
     _require(
-        [name for name, _, _ in clipped],
-        sums(lambda mine, g: _squares(mine - g, g), [mine for _, mine, _ in clipped], of_run),
+        names,
+        gradients.sums(lambda mine, g, _: _squares(mine - g, g), ours, of_run),
         lambda difference, norm: difference - of_gradient * norm,
         f"The gradient of `{{}}` was changed between the backward pass and optimizer step {step} by something else "
         "than `configure_gradient_clipping` (a hook such as `on_before_optimizer_step`): clip or scale it there.",
         readings,
     )
-    values = [p for _, _, p in updated]
-    tolerance = _tolerances(values)
-    eps = {dtype: torch.finfo(dtype).eps for dtype in {v.dtype for v in values}}
-    rounding = 8 * np.array([eps[v.dtype] for v in values])
+    dtypes = snapshot.copies.dtypes
+    tolerance, rounding = _tolerances(dtypes), 8 * _eps(dtypes)
     _require(
-        [name for name, _, _ in updated],
-        sums(
+        list(params),
+        snapshot.copies.sums(
             lambda mine, value, before: _squares(mine - value, value - before, value),
-            [jet.primal for _, jet, _ in updated],
-            values,
-            [snapshot.params[name] for name, _, _ in updated],
+            [jet.primal for jet in params.values()],
+            snapshot.held,
         ),
         # relative to the update, not to the parameter: one step changes little of it
         lambda difference, moved, norm: difference - tolerance * moved - rounding * norm,
@@ -186,8 +171,14 @@ def check_update(
     )
 
 
-def _tolerances(tensors: Sequence[Tensor]) -> np.ndarray:
-    return np.array([TOLERANCE.get(t.dtype, 1e-3) for t in tensors])
+@lru_cache(maxsize=32)
+def _tolerances(dtypes: tuple[torch.dtype, ...]) -> np.ndarray:
+    return np.array([TOLERANCE.get(dtype, 1e-3) for dtype in dtypes])
+
+
+@lru_cache(maxsize=32)
+def _eps(dtypes: tuple[torch.dtype, ...]) -> np.ndarray:
+    return np.array([torch.finfo(dtype).eps for dtype in dtypes])
 
 
 def _squares(*values: Tensor) -> list[Tensor]:

@@ -141,10 +141,10 @@ class RunJets:
             return update.step(snapshot, params, theirs, self.state, self.lead, clip)
 
         with lost_without_memory(step):
-            start(snapshot.random_state, snapshot.module_state)
+            places = start(snapshot.random_state, snapshot.module_state)
             # An override of `configure_gradient_clipping` may clip the parameters of the module
             of_module = snapshot.module_state is not None
-            self.state = call_with_tensors(module, dict(params), make_step) if of_module else make_step()
+            self.state = call_with_tensors(places, dict(params), make_step) if of_module else make_step()
             self.params.update({name: p.block for name, p in params.items()})
             self._watch(step, readings)
         return params
@@ -191,10 +191,10 @@ class RunJets:
 
     def _parameters(self, snapshot: OptimizerSnapshot) -> dict[str, JetTensor]:
         """The parameters before the step."""
-        self._hand_over(snapshot.params.keys())
+        self._hand_over(snapshot.copies.values.keys())
         return {
             name: wrap(value.clone(), [self.params.get(name)], self.lead, requires_grad=name in snapshot.trainable)
-            for name, value in snapshot.params.items()
+            for name, value in snapshot.copies.values.items()
         }
 
     def _gradients(
@@ -265,8 +265,8 @@ class RunJets:
     ) -> dict[str, JetTensor | None]:
         """Take the gradients, with order 0 as in the run, to the last bit, in memory of their own for the clipping."""
         found: dict[str, JetTensor | None] = {}
-        for name, of_run in snapshot.gradients.items():
-            mine = gradients.pop(name)
+        for name in snapshot.copies.values:
+            mine, of_run = gradients.pop(name), snapshot.gradients.values.get(name)
             block = None if mine is None or mine.block is None else mine.block.clone()
             found[name] = None if of_run is None else jet(of_run.clone(), block, self.lead)
         return found

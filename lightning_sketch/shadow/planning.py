@@ -125,7 +125,7 @@ def measure_step(
     def differentiate(loss: Tensor) -> None:
         torch.autograd.grad(loss, trained, allow_unused=True)
 
-    with quiet(module, record.random_state.device) as start, _LiveBytes() as live:
+    with quiet(record.module_state.places, record.random_state.device) as start, _LiveBytes() as live:
         replay(start, module, record, training_step, weighting, weights, tensors, differentiate)
     size = trained_bytes(trained)
     held = size if record.accumulate > 1 else 0  # the gradient of the micro-batches before

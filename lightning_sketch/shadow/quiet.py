@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,62 +20,10 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.shadow.places import IMMUTABLE, Places, by_name
 
-T = TypeVar("T")
-
-# What an empty nn.Module keeps for itself: hooks and submodules stay
-STRUCTURE = frozenset(nn.Module().__dict__) - {"training"}
 CONTAINERS = (list, dict, set, deque)
 _WORLD = (nn.Module, Dataset, DataLoader, pl.LightningDataModule, pl.Callback)
-IMMUTABLE = frozenset({int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device})
-_EMPTY: dict[Any, Any] = {}
-
-
-def modules_of(module: nn.Module) -> list[nn.Module]:
-    """``list(module.modules())`` in a third of the time: it is asked for several times a step."""
-    found: dict[nn.Module, None] = {}
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        m = waiting.pop()
-        if m is not None and m not in found:
-            found[m] = None
-            waiting.extend(reversed(m._modules.values()))
-    return list(found)
-
-
-def named_tensors(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """``dict(module.named_parameters())`` and ``dict(module.named_buffers())`` in half the time."""
-    params: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {}
-    visited: set[nn.Module] = set()
-    seen: set[int] = set()
-    waiting: list[tuple[str, nn.Module | None]] = [("", module)]
-    while waiting:
-        prefix, m = waiting.pop()
-        if m is None or m in visited:
-            continue
-        visited.add(m)
-        for key, p in m._parameters.items():
-            if p is not None and id(p) not in seen:
-                seen.add(id(p))
-                params[prefix + key] = p
-        for key, b in m._buffers.items():
-            if b is not None and id(b) not in seen:
-                seen.add(id(b))
-                buffers[prefix + key] = b
-        if m._modules:
-            waiting.extend([(f"{prefix}{name}.", child) for name, child in m._modules.items()][::-1])
-    return params, buffers
-
-
-def by_name(module: nn.Module, attributes: Iterable[tuple[nn.Module, str, T]]) -> dict[str, T]:
-    """Name attributes of submodules, ``(owner, attribute, value)``, such as ``net.center``.
-
-    Paths take longer to make than all the rest, so only what was found in a walk is named.
-    """
-    attributes = list(attributes)
-    paths = {m: f"{path}." if path else "" for path, m in module.named_modules()} if attributes else {}
-    return {f"{paths.get(owner, '')}{key}": value for owner, key, value in attributes}
 
 
 @dataclass(frozen=True)
@@ -94,13 +42,19 @@ class RandomState:
         own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return cls(device, torch.get_rng_state(), own, np.random.get_state(), random.getstate())
 
-    def restore(self) -> None:
-        """Make this the present state."""
+    def restore(self, present: RandomState | None = None) -> None:
+        """Make this the present state; what that is now, if it is known, saves the time that numpy's takes to set."""
         torch.set_rng_state(self.cpu)
         if self.own is not None:
             torch.cuda.set_rng_state(self.own, self.device)
-        np.random.set_state(self.numpy)
+        if present is None or not _equal(self.numpy, present.numpy):
+            np.random.set_state(self.numpy)
         random.setstate(self.python)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two states of numpy's generator are the same, which for another than MT19937 are not looked into."""
+    return isinstance(a, tuple) and isinstance(b, tuple) and np.array_equal(a[1], b[1]) and a[2:] == b[2:]
 
 
 class ModuleState:
@@ -111,37 +65,29 @@ class ModuleState:
     its own. Neither are metrics, which are silent in a re-run.
 
     Args:
-        module: any module; its present state is remembered.
+        places: of any module, as they are now; its present state is remembered.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, places: Places) -> None:
+        self.places = places
         self.metrics: list[torchmetrics.Metric | torchmetrics.MetricCollection] = []  # submodules
         self.held_metrics: list[torchmetrics.Metric | torchmetrics.MetricCollection] = []  # in plain containers
         self.tensors: list[tuple[nn.Module, str, Tensor, int]] = []  # with owner, attribute and version
-        self._module = module
-        self._attributes: list[tuple[dict[str, Any], dict[str, Any], int]] = []
+        self._values = places.values
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._restore_contents: list[Callable[[], Any]] = []
         self._seen: set[int] = set()
         # Helper objects of the user's own, such as a running average, but not the world behind them
-        self._packages = {_package(c) for c in type(module).__mro__} - {
+        self._packages = {_package(c) for c in type(places.module).__mro__} - {
             "lightning",
             "pytorch_lightning",
             "torch",
             "builtins",
         }
-        for m in modules_of(module):
-            present = m.__dict__
-            attributes = {k: v for k, v in present.items() if k not in STRUCTURE}
-            self._attributes.append((present, attributes, len(present)))
-            self._remember_dict(m._parameters)
-            self._remember_dict(m._buffers)
-            if _is_metric(m):
-                self.metrics.append(m)  # type: ignore[arg-type]
-                continue
-            for key, value in attributes.items():
-                if type(value) not in IMMUTABLE:
-                    self._remember(value, m, key)
+        self.metrics = [m for m in places.modules if _is_metric(m)]  # type: ignore[misc]
+        for m, key, value in places.mutable():
+            if not _is_metric(m):
+                self._remember(value, m, key)
 
     def _remember(self, value: Any, owner: nn.Module, key: str) -> None:
         """Remember whatever may be changed in place."""
@@ -158,7 +104,7 @@ class ModuleState:
             self._seen.add(id(value))
         if isinstance(value, (*CONTAINERS, tuple)):
             if isinstance(value, dict):
-                self._remember_dict(value)
+                self._dicts.append((value, dict(value)))
             elif not isinstance(value, tuple):
                 self._restore_contents.append(_refill(value, list(value)))
             for held in value.values() if isinstance(value, dict) else value:
@@ -175,21 +121,21 @@ class ModuleState:
         elif _package(type(value)) in self._packages and hasattr(value, "__dict__") and not isinstance(value, _WORLD):
             self._remember(value.__dict__, owner, key)
 
-    def _remember_dict(self, value: dict[Any, Any]) -> None:
-        # Most are empty, and what is made for every module of every step is paid for in garbage collection
-        self._dicts.append((value, dict(value) if value else _EMPTY))
+    def restore(self, present: ModuleState | None = None) -> None:
+        """Put every attribute and the contents of every container back.
 
-    def restore(self) -> None:
-        """Put every attribute and the contents of every container back."""
-        for present, attributes, size in self._attributes:
-            present.update(attributes)
-            if len(present) != size:
-                for name in present.keys() - attributes.keys() - STRUCTURE:
-                    del present[name]
-        for present, contents in self._dicts:
-            if present or contents:
-                present.clear()
-                present.update(contents)
+        Args:
+            present: how the module is now, of the same places, if that is known.
+        """
+        if present is None:
+            self.places.set_values(self._values)
+            self.places.put_back()
+        else:
+            self.places.change_values(self._values, present._values)
+        for held, contents in self._dicts:
+            if held or contents:
+                held.clear()
+                held.update(contents)
         for restore in self._restore_contents:
             restore()
 
@@ -200,7 +146,7 @@ class ModuleState:
             ConfigurationError: naming one.
         """
         changed = [(m, key, tensor) for m, key, tensor, version in self.tensors if tensor._version != version]
-        for name in by_name(self._module, changed):
+        for name in by_name(self.places.module, changed):
             raise ConfigurationError(
                 f"`{name}`: `training_step` changes this tensor in place, but it is neither a parameter nor a "
                 "buffer, so the step cannot be run again from where it started: register it with "
@@ -264,34 +210,46 @@ def _refuse_reentrant(*args: Any) -> None:
     )
 
 
-Start = Callable[[RandomState, "ModuleState | None"], None]
+Start = Callable[[RandomState, "ModuleState | None"], Places]
 
 
 @contextmanager
-def quiet(module: Any, device: torch.device) -> Iterator[Start]:
+def quiet(places: Places, device: torch.device) -> Iterator[Start]:
     """Within, the user's module may be run without a trace, as often as wanted.
 
     Yields:
         What is called before every run: the generators start from the state given, and the module's attributes from
-        theirs; ``None`` leaves them as they are. Afterwards all go on from where they are now.
+        theirs; ``None`` leaves them as they are. It returns the places of the module. Afterwards all go on from where
+        they are now.
 
     Args:
-        module: the LightningModule (or any module).
+        places: of the LightningModule (or any module).
         device: of the module.
     """
     present_random = RandomState.capture(device)
-    present_module = ModuleState(module)
+    present_module = ModuleState(places.now())
+    module: Any = places.module
     metrics = [*present_module.metrics, *present_module.held_metrics]
-    present_held = [ModuleState(m) for m in present_module.held_metrics]
+    present_held = [ModuleState(Places(m)) for m in present_module.held_metrics]
     trainer: Any = getattr(module, "_trainer", None)
     loggers = list(trainer.loggers) if trainer is not None else []
     present_checkpoint = CheckpointFunction.apply
 
-    def start(random_state: RandomState, module_state: ModuleState | None) -> None:
-        if module_state is not None:
-            module_state.restore()
-            silence()
-        random_state.restore()
+    nothing_ran = True
+
+    def start(random_state: RandomState, module_state: ModuleState | None) -> Places:
+        nonlocal nothing_ran
+        unchanged, nothing_ran = nothing_ran, False
+        random_state.restore(present_random if unchanged else None)
+        if module_state is None:
+            return present_module.places
+        if unchanged and module_state.places is present_module.places:
+            module_state.restore(present_module)
+            return module_state.places
+        module_state.restore()
+        places = module_state.places.now()  # before anything of ours is among them
+        silence()
+        return places
 
     def silence() -> None:
         for metric in metrics:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,8 +19,9 @@ from lightning_sketch.errors import FidelityError
 from lightning_sketch.shadow.carried import forbid_reading, varying_attributes
 from lightning_sketch.shadow.checks import Readings
 from lightning_sketch.shadow.example_ids import tensors_of
-from lightning_sketch.shadow.flat import sums
-from lightning_sketch.shadow.quiet import ModuleState, RandomState, Start, modules_of, named_tensors
+from lightning_sketch.shadow.flat import Copies
+from lightning_sketch.shadow.places import Places
+from lightning_sketch.shadow.quiet import ModuleState, RandomState, Start
 from lightning_sketch.shadow.ranks import Ranks
 from lightning_sketch.shadow.weighting import training_loss
 
@@ -77,7 +79,7 @@ class StepRecord:
 
 
 def record_step(
-    module: Any,
+    places: Places,
     training_step: Callable[..., Any],
     args: tuple[Any, ...],
     units: Tensor,
@@ -87,7 +89,7 @@ def record_step(
     """Run the user's ``training_step`` and remember what it started from.
 
     Args:
-        module: the user's LightningModule.
+        places: of the user's LightningModule, as they are now.
         training_step: its unwrapped training step.
         args: what the Trainer calls it with.
         units: unit of every example, ``(B,)``, on the device of the module.
@@ -101,7 +103,8 @@ def record_step(
         ConfigurationError: if the step changes a tensor attribute in place.
         FidelityError: if the step changes its batch in place.
     """
-    random_state, module_state = RandomState.capture(module.device), ModuleState(module)
+    module: Any = places.module
+    random_state, module_state = RandomState.capture(module.device), ModuleState(places)
     kept = _copy_containers(args)  # a step may pop keys of its batch
     versions = [(t, t._version) for t in tensors_of(args) if not t.is_inference()]
     outputs = training_step(*args)
@@ -167,11 +170,24 @@ class TrackedTensors:
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
+        self._copies: dict[tuple[str, ...], Copies] = {}  # of tensors that are looked at together, by their names
 
     def note(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy what a tracked operation has just left."""
-        with torch.no_grad():
-            self.values.update({name: t.clone() for name, t in tensors.items()})
+        """Copy what a tracked operation has just left, over what was there."""
+        copies = self._copies.get(tuple(tensors))
+        if copies is None or not copies.overwrite(tensors):
+            self._keep(tensors)
+
+    def copies_of(self, names: Iterable[str]) -> Copies:
+        """Return the copies of some, laid side by side."""
+        copies = self._copies.get(tuple(names))
+        return self._keep({name: self.values[name] for name in names}) if copies is None else copies
+
+    def _keep(self, tensors: Mapping[str, Tensor]) -> Copies:
+        self._copies = {names: copies for names, copies in self._copies.items() if tensors.keys().isdisjoint(names)}
+        copies = self._copies[tuple(tensors)] = Copies(tensors)
+        self.values.update(copies.values)
+        return copies
 
     def refuse_new(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Require that no tensor has been registered outside ``training_step`` since the first optimizer step.
@@ -198,18 +214,18 @@ class TrackedTensors:
         known = [name for name in tensors if name in self.values]
         if not known:
             return
-        with torch.no_grad():
-            changed = sums(_differs, [tensors[name] for name in known], [self.values[name] for name in known])
+        copies = self.copies_of(known)
+        changed = copies.sums(_differs, [tensors[name] for name in known])
 
         def judge(changed: np.ndarray) -> None:
-            name = next((name for name, c in zip(known, changed[0], strict=True) if c), None)
-            if name is not None:
-                raise FidelityError(
-                    f"`{name}` was changed before optimizer step {step} by something else than the optimizer and a "
-                    "`training_step` with a loss (a hook, another callback, a step that returned None), so its Taylor "
-                    "coefficients are lost: change it inside such a step, or keep a value that does not depend on the "
-                    "data as a Python number."
-                )
+            if not changed.any():
+                return
+            raise FidelityError(
+                f"`{known[int(changed[0].argmax())]}` was changed before optimizer step {step} by something else than "
+                "the optimizer and a `training_step` with a loss (a hook, another callback, a step that returned "
+                "None), so its Taylor coefficients are lost: change it inside such a step, or keep a value that does "
+                "not depend on the data as a Python number."
+            )
 
         readings.ask(changed, judge)
 
@@ -218,11 +234,11 @@ def _differs(a: Tensor, b: Tensor) -> list[Tensor]:
     return [((a != b) & ((a == a) | (b == b))).double()]  # a NaN that stays one does not
 
 
-def call_with_tensors(module: nn.Module, tensors: dict[str, Tensor], function: Callable[[], Any]) -> Any:
-    """Run ``function()`` while parameters and buffers of ``module`` are replaced.
+def call_with_tensors(places: Places, tensors: dict[str, Tensor], function: Callable[[], Any]) -> Any:
+    """Run ``function()`` while parameters and buffers of a module are replaced.
 
     Args:
-        module: whose tensors are replaced.
+        places: of the module, as they are now.
         tensors: parameters and buffers by name. Buffers that ``function`` reassigns, also ones that were ``None``
             before, are written back here.
         function: what to run.
@@ -230,27 +246,16 @@ def call_with_tensors(module: nn.Module, tensors: dict[str, Tensor], function: C
     Returns:
         What ``function`` returns.
     """
-    params, buffers = named_tensors(module)
-    present = {**params, **buffers}
-    replacements = {id(present[name]): t for name, t in tensors.items() if name in present}
-    stores = [store for m in modules_of(module) for store in (m._parameters, m._buffers)]
-    before, empty = [(store, store.copy()) for store in stores if store], [store for store in stores if not store]
     try:
-        for store, contents in before:
-            for key, t in contents.items():
-                if id(t) in replacements:  # by identity, so that tied weights stay tied
-                    store[key] = replacements[id(t)]  # type: ignore[assignment]
+        places.put(tensors)
+        before = places.reassigned()
         result = function()
-        tensors.update(named_tensors(module)[1])
+        after = places.reassigned()
+        if len(before) != len(after) or not all(map(is_, before, after)):
+            tensors.update(places.module.named_buffers())
         return result
     finally:
-        for store, contents in before:
-            store.update(contents)  # type: ignore[arg-type]
-            if list(store) != list(contents):
-                store.clear()
-                store.update(contents)  # type: ignore[arg-type]
-        for store in empty:
-            store.clear()
+        places.put_back()
 
 
 @contextmanager
@@ -317,10 +322,10 @@ def replay(
         assert loss is not None, "a step whose training_step returned None is not recorded"
         return use(loss)
 
-    start(record.random_state, record.module_state)
+    places = start(record.random_state, record.module_state)
     with differentiable_kernels(), torch.enable_grad():
         forbid_reading(module, carried)
-        result = call_with_tensors(module, tensors, run)
+        result = call_with_tensors(places, tensors, run)
         return result, varying_attributes(module, record.left)
 
 
@@ -348,8 +353,8 @@ def evaluate(
         with _precision_of(module):
             return output(module, args)
 
-    start(record.random_state, record.module_state)
+    places = start(record.random_state, record.module_state)
     with differentiable_kernels(), torch.no_grad():
         forbid_reading(module, carried)
-        value: Tensor = call_with_tensors(module, tensors, run)
+        value: Tensor = call_with_tensors(places, tensors, run)
         return value

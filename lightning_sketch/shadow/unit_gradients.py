@@ -14,7 +14,8 @@ from lightning_sketch.directions import count_units
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.jets.tensor import JetTensor, Lead, wrap
 from lightning_sketch.shadow.example_ids import batch_size, refuse_untraceable
-from lightning_sketch.shadow.quiet import ModuleState, RandomState, named_tensors, quiet
+from lightning_sketch.shadow.places import Places
+from lightning_sketch.shadow.quiet import ModuleState, RandomState, quiet
 from lightning_sketch.shadow.record import StepRecord, replay
 from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting
@@ -73,12 +74,13 @@ def project_gradients(
         ConfigurationError: if the dataset cannot be read by rows, or the loss not be split into examples.
     """
     features = torch.zeros(count_units(unit_of_example), projection.size, dtype=torch.float64)
-    step, params = own_training_step(module), named_tensors(module)[0]
-    with quiet(module, module.device) as start:
-        present, state = RandomState.capture(module.device), ModuleState(module)
+    places, step = Places(module), own_training_step(module)
+    params = places.params
+    with quiet(places, module.device) as start:
+        present, state = RandomState.capture(module.device), ModuleState(places)
         for index, (rows, batch) in enumerate(_batches(trainer, module)):
             units = unit_of_example[rows]
-            buffers = {name: b.detach().clone() for name, b in named_tensors(module)[1].items()}
+            buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
             record = StepRecord(
                 args=arguments_of(step, batch, index),
                 units=torch.from_numpy(units).to(module.device),
@@ -106,7 +108,7 @@ def _of_units(
 ) -> Tensor:
     """The projected gradients of what is in one batch of these units, ``(U, m)``."""
     lead: Lead = (1, 1, len(units))
-    params = named_tensors(module)[0]
+    params = dict(module.named_parameters())
     of_unit = record.units == torch.from_numpy(units).to(record.units.device)[:, None]
     ones = record.ones_like(params)
     weights = JetTensor(ones, of_unit.to(ones.dtype)[None, None])

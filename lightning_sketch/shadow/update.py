@@ -7,9 +7,9 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -23,7 +23,10 @@ from lightning_sketch.jets.registry import varies
 from lightning_sketch.jets.tensor import JetTensor, Lead, constant, wrap
 from lightning_sketch.shadow.carried import flatten
 from lightning_sketch.shadow.checks import Readings
+from lightning_sketch.shadow.flat import Copies
+from lightning_sketch.shadow.places import Places
 from lightning_sketch.shadow.quiet import ModuleState, RandomState
+from lightning_sketch.shadow.record import TrackedTensors
 
 # (name of the parameter, key of the optimizer's state) -> coefficients, None where they are zero
 StateBlocks = dict[tuple[str, str], Tensor | None]
@@ -40,20 +43,22 @@ class OptimizerSnapshot:
     Attributes:
         optimizer: the user's.
         groups: parameter groups; hyper-parameters copied, parameters by name.
-        params: copies of the values, by name.
+        held: the user's parameters, in the order of the groups.
+        copies: copies of their values, by name, in the same order.
         trainable: names of the parameters that require grad.
         state: state by name of the parameter, copied.
-        gradients: the user's gradients by name, copied; ``None`` where there is none.
+        gradients: copies of the user's gradients, by name, of parameters that have one.
         random_state: generators before clipping and update.
         module_state: the module's attributes before clipping and update; ``None`` if none of its code runs there.
     """
 
     optimizer: Optimizer
     groups: list[dict[str, Any]]
-    params: dict[str, Tensor]
+    held: list[Tensor]
+    copies: Copies
     trainable: frozenset[str]
     state: dict[str, dict[str, Any]]
-    gradients: dict[str, Tensor | None]
+    gradients: Copies
     random_state: RandomState
     module_state: ModuleState | None
 
@@ -61,45 +66,54 @@ class OptimizerSnapshot:
     def capture(
         cls,
         optimizer: Optimizer,
-        names: Mapping[Tensor, str],
-        values: Mapping[str, Tensor],
-        module: pl.LightningModule,
+        names: Mapping[int, str],
+        values: TrackedTensors,
+        gradients: TrackedTensors,
+        places: Places,
         counts: Counts,
     ) -> OptimizerSnapshot:
         """Copy what the coming step will change.
 
         Args:
             optimizer: the user's.
-            names: the module's parameters and their names.
-            values: copies of their values, by name.
-            module: the user's LightningModule.
+            names: of the module's parameters, by ``id``.
+            values: copies of their values.
+            gradients: where their gradients are copied to, over those of the step before.
+            places: of the user's LightningModule.
             counts: numbers of the state that are known on the CPU already.
 
         Raises:
             ConfigurationError: if the optimizer holds a parameter that is not the module's.
         """
-        params, state, gradients, groups = {}, {}, {}, []
-        for group in optimizer.param_groups:
-            members = []
-            for p in group["params"]:
-                name = names.get(p)
-                if name is None:
-                    raise ConfigurationError(
-                        f"`configure_optimizers`: the optimizer holds a parameter of shape {tuple(p.shape)} that was "
-                        "not registered in the module when training started: register it in `__init__`."
-                    )
-                members.append(name)
-                params[name] = values[name]
-                gradients[name] = None if p.grad is None else p.grad.detach().clone()
+        held: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        found = [names.get(id(p)) for p in held]
+        if None in found:
+            p = held[found.index(None)]
+            raise ConfigurationError(
+                f"`configure_optimizers`: the optimizer holds a parameter of shape {tuple(p.shape)} that was "
+                "not registered in the module when training started: register it in `__init__`."
+            )
+        members = [name for name in found if name is not None]
+        rest = iter(members)
+        groups = [
+            {k: list(islice(rest, len(v))) if k == "params" else _copy(v) for k, v in group.items()}
+            for group in optimizer.param_groups
+        ]
+        state: dict[str, dict[str, Any]] = {name: {} for name in members}
+        if optimizer.state:
+            for name, p in zip(members, held, strict=True):
                 state[name] = {k: _copy(counts.get((name, k), v)) for k, v in optimizer.state.get(p, {}).items()}
-            groups.append({**{k: _copy(v) for k, v in group.items() if k != "params"}, "params": members})
-        trainable = frozenset(name for p, name in names.items() if p.requires_grad)
+        of_run = {name: g for name, p in zip(members, held, strict=True) if (g := p.grad) is not None}
+        gradients.note(of_run)
+        trainable = frozenset(name for name, p in zip(members, held, strict=True) if p.requires_grad)
+        module: Any = places.module
         random_state = RandomState.capture(module.device)
-        module_state = ModuleState(module) if is_overridden("configure_gradient_clipping", module) else None
-        return cls(optimizer, groups, params, trainable, state, gradients, random_state, module_state)
+        module_state = ModuleState(places.now()) if is_overridden("configure_gradient_clipping", module) else None
+        copies, of_gradients = values.copies_of(members), gradients.copies_of(of_run)
+        return cls(optimizer, groups, held, copies, trainable, state, of_gradients, random_state, module_state)
 
 
-def ask_counts(optimizer: Optimizer, names: Mapping[Tensor, str], readings: Readings) -> Counts:
+def ask_counts(optimizer: Optimizer, names: Mapping[int, str], readings: Readings) -> Counts:
     """Ask for the numbers that an optimizer keeps on the device, such as the step counts of fused kernels.
 
     The kernels that our steps use read them one by one.
@@ -109,10 +123,10 @@ def ask_counts(optimizer: Optimizer, names: Mapping[Tensor, str], readings: Read
     """
     counts: Counts = {}
     asked = {
-        (names[p], key): value
+        (names[id(p)], key): value
         for p, state in optimizer.state.items()
         for key, value in state.items()
-        if p in names and _is_count_on_device(value) and value.shape != p.shape
+        if id(p) in names and _is_count_on_device(value) and value.shape != p.shape
     }
 
     def keep(values: np.ndarray) -> None:
@@ -187,7 +201,7 @@ def reserve(snapshot: OptimizerSnapshot, params: Mapping[str, JetTensor], blocks
     Raises:
         torch.OutOfMemoryError: on a GPU, if there is not so much.
     """
-    device = next(iter(snapshot.params.values())).device
+    device = snapshot.held[0].device
     if device.type == "cuda":
         torch.empty(needed_bytes(snapshot, params, blocks, lead), dtype=torch.uint8, device=device)
 
@@ -199,9 +213,7 @@ def needed_bytes(snapshot: OptimizerSnapshot, params: Mapping[str, JetTensor], b
     """
     largest = created = 0
     per_param: int | None = None
-    for name, gradient in snapshot.gradients.items():
-        if gradient is None:
-            continue
+    for name, gradient in snapshot.gradients.values.items():
         missing = int(params[name].block is None)
         state = snapshot.state[name]
         if state:

@@ -125,7 +125,7 @@ class _Step:
             gradient = torch.autograd.grad(loss, weights, allow_unused=True)[0] if loss.requires_grad else None
             return _Shares(loss.detach(), torch.zeros_like(weights) if gradient is None else gradient, terms)
 
-        with quiet(self.module, record.random_state.device) as start, _RefuseCommunication():
+        with quiet(record.module_state.places, record.random_state.device) as start, _RefuseCommunication():
             return replay(start, self.module, record, self.training_step, weighted, weights, tensors, differentiate)[0]
 
 

@@ -17,7 +17,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from lightning_sketch.errors import ConfigurationError
-from lightning_sketch.shadow.quiet import ModuleState, RandomState, modules_of, quiet
+from lightning_sketch.shadow.places import Places
+from lightning_sketch.shadow.quiet import ModuleState, RandomState, quiet
 
 BATCH = data(4).tensors
 
@@ -127,7 +128,7 @@ def buffers_kept(module: nn.Module) -> Any:
 def run_again(module: Any, module_state: ModuleState, random_state: RandomState) -> float:
     """The step from its beginning; buffers are given by the caller, as in a replay."""
     kept = buffers_kept(module)
-    with quiet(module, torch.device("cpu")) as start:
+    with quiet(Places(module), torch.device("cpu")) as start:
         start(random_state, module_state)
         loss = module.training_step(BATCH, 0).item()
     for name, b in module.named_buffers():
@@ -143,7 +144,7 @@ def test_a_second_run_leaves_no_trace_and_gives_the_same_loss():
         module = Busy()
         module.training_step(BATCH, 0)
         module.train()
-        random_state, module_state = RandomState.capture(torch.device("cpu")), ModuleState(module)
+        random_state, module_state = RandomState.capture(torch.device("cpu")), ModuleState(Places(module))
         kept = buffers_kept(module)
         loss = module.training_step(BATCH, 0).item()
         after = buffers_kept(module)
@@ -171,7 +172,7 @@ def test_an_exception_leaves_no_trace():
         module = Raises()
         if run:
             with pytest.raises(RuntimeError, match="the user's"):
-                run_again(module, ModuleState(module), RandomState.capture(torch.device("cpu")))
+                run_again(module, ModuleState(Places(module)), RandomState.capture(torch.device("cpu")))
             for b in module.buffers():
                 b.zero_()
         else:
@@ -186,7 +187,7 @@ def test_nothing_is_logged(tmp_path):
 
     class Twice(pl.Callback):
         def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
-            run_again(pl_module, ModuleState(pl_module), RandomState.capture(torch.device("cpu")))
+            run_again(pl_module, ModuleState(Places(pl_module)), RandomState.capture(torch.device("cpu")))
 
     rows = []
     for i, callbacks in enumerate(([], [Twice()])):
@@ -207,7 +208,7 @@ def test_datasets_are_not_copied():
             self.dataset = World()
 
     module = Refers()
-    state = ModuleState(module)
+    state = ModuleState(Places(module))
     module.dataset.rows.append(1)
     state.restore()
     assert module.dataset.rows == [0, 1]
@@ -224,7 +225,7 @@ def test_attributes_deleted_by_a_run_come_back():
 
     module = Deletes()
     keys = list(module.__dict__)
-    run_again(module, ModuleState(module), RandomState.capture(torch.device("cpu")))
+    run_again(module, ModuleState(Places(module)), RandomState.capture(torch.device("cpu")))
     assert sorted(module.__dict__) == sorted(keys)
     assert module.phase == "start"
 
@@ -240,20 +241,11 @@ def test_a_tensor_changed_in_place_must_be_a_buffer(where):
         module.plain = target
     elif where == "net.plain":
         module.net.plain = target
-    state = ModuleState(module)
+    state = ModuleState(Places(module))
     state.refuse_changed_tensors()
     target += 1
     with pytest.raises(ConfigurationError, match=f"`{where}`.*in place.*register_buffer"):
         state.refuse_changed_tensors()
-
-
-def test_the_walk_is_that_of_torch():
-    """Oracle: ``module.modules()``, with a shared submodule, one that is ``None``, and a module in itself."""
-    module = Busy()
-    module.shared, module.nothing = nn.ModuleList([module.net, nn.ModuleList([module.net[0]])]), None
-    module.register_module("none", None)
-    module.net[0].parent = module
-    assert modules_of(module) == list(module.modules())
 
 
 def test_parameters_and_buffers_that_a_run_registers_are_taken_away():
@@ -270,5 +262,5 @@ def test_parameters_and_buffers_that_a_run_registers_are_taken_away():
     module.empty, module.full = nn.Identity(), nn.Identity()
     module.full.register_buffer("mean", torch.zeros(2))
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-    run_again(module, ModuleState(module), RandomState.capture(torch.device("cpu")))
+    run_again(module, ModuleState(Places(module)), RandomState.capture(torch.device("cpu")))
     assert [name for name, _ in (*module.named_parameters(), *module.named_buffers())] == names

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sketch import Reweight
 from lightning_sketch.errors import ConfigurationError, FidelityError
+from lightning_sketch.shadow.places import Places
 from lightning_sketch.shadow.record import call_with_tensors
 
 
@@ -358,10 +359,10 @@ def test_calls_with_other_tensors_put_the_module_back():
         module.mean = module.mean + 1
         return module.tied(module.mean)
 
-    torch.testing.assert_close(call_with_tensors(module, new, use), 4 + own["inner.bias"])
+    torch.testing.assert_close(call_with_tensors(Places(module), new, use), 4 + own["inner.bias"])
     assert new["mean"].tolist() == [2, 2]
     with pytest.raises(RuntimeError, match="shapes"):
-        call_with_tensors(module, {"inner.weight": torch.ones(3, 3)}, lambda: module.inner(torch.ones(2)))
+        call_with_tensors(Places(module), {"inner.weight": torch.ones(3, 3)}, lambda: module.inner(torch.ones(2)))
     now = dict(module.named_parameters()) | dict(module.named_buffers())
     assert all(now[name] is t for name, t in own.items())
 

@@ -10,6 +10,7 @@ from helpers import FEATURES, Classifier, data, fit, loader, sketch
 from torch import Tensor, nn
 
 from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.shadow.places import Places
 from lightning_sketch.shadow.quiet import ModuleState, RandomState
 from lightning_sketch.shadow.record import StepRecord
 from lightning_sketch.shadow.verification import verify_weighting
@@ -21,7 +22,7 @@ def verify(module: Classifier, batch: Any = None, loss: Any = "auto", examples: 
     torch.manual_seed(0)
     module = module.double()
     batch = data(examples).tensors if batch is None else batch
-    random_state, state = RandomState.capture(torch.device("cpu")), ModuleState(module)
+    random_state, state = RandomState.capture(torch.device("cpu")), ModuleState(Places(module))
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     value = training_loss(module.training_step(batch, 0)).detach()
     record = StepRecord((batch, 0), torch.arange(examples), random_state, state, buffers, 1, value.double())

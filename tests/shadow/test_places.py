@@ -1,0 +1,98 @@
+"""Whatever moves in a module is noticed, and what is copied side by side is what was copied."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_sketch.shadow.flat import Copies
+from lightning_sketch.shadow.places import Places
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 3))
+        self.tied = nn.Linear(3, 3)
+        self.tied.weight = self.layers[3].weight
+        self.register_buffer("center", None)
+        self.count = None
+
+
+def renamed(attributes: dict[str, Any], old: str, new: str) -> None:
+    attributes[new] = attributes.pop(old)
+
+
+MOVES: dict[str, Callable[[Model], Any]] = {
+    "a buffer that was None": lambda m: setattr(m, "center", torch.zeros(2)),
+    "a buffer reassigned": lambda m: setattr(m.layers[1], "running_mean", torch.ones(3)),
+    "a parameter replaced": lambda m: setattr(m.layers[0], "bias", nn.Parameter(torch.ones(3))),
+    "a parameter untied": lambda m: setattr(m.tied, "weight", nn.Parameter(torch.ones(3, 3))),
+    "a parameter in a module without": lambda m: setattr(m.layers[2], "slope", nn.Parameter(torch.ones(1))),
+    "a parameter of another name": lambda m: renamed(m.tied._parameters, "bias", "offset"),
+    "a parameter moved to the next module": lambda m: renamed(m.layers[0]._parameters, "bias", "weight"),
+    "a submodule": lambda m: setattr(m, "other", nn.Identity()),
+    "a submodule of a leaf": lambda m: setattr(m.layers[2], "inner", nn.Identity()),
+    "a submodule replaced": lambda m: m.layers.__setitem__(2, nn.Tanh()),
+    "a submodule deleted": lambda m: m.layers.__delitem__(2),  # which makes a new dictionary
+    "an attribute": lambda m: setattr(m.layers[2], "new", 1),
+    "an attribute of another name": lambda m: renamed(m.__dict__, "count", "number"),
+}
+
+
+@pytest.mark.parametrize("what", MOVES)
+def test_what_moves_is_found(what):
+    """Oracle: torch's own walks through the module."""
+    module = Model()
+    before = Places(module)
+    assert before.now() is before
+    MOVES[what](module)
+    places = before.now()
+    assert places is not before
+    assert places.modules == list(module.modules())
+    for found, named in ((places.params, module.named_parameters()), (places.buffers, module.named_buffers())):
+        assert [(name, id(t)) for name, t in found.items()] == [(name, id(t)) for name, t in named]
+    assert [m.__dict__[key] for m, key in places.attributes] == places.values
+    assert set(places.attributes) >= {(m, "training") for m in module.modules()}
+
+
+def test_present_values_are_those_of_the_attributes():
+    module = Model()
+    places = Places(module)
+    module.count = 3
+    assert places.now() is places
+    assert dict(zip(places.attributes, places.values, strict=True))[module, "count"] == 3
+
+
+def test_sums_are_those_of_each_tensor():
+    """Oracle: numpy, tensor by tensor; of two dtypes, one tensor not contiguous, one empty, one too large to join."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: rng.standard_normal(shape).astype(dtype)
+        for name, shape, dtype in [
+            ("a", (2, 3), np.float32),
+            ("b", (4,), np.float64),
+            ("c", (3, 5), np.float32),
+            ("large", ((1 << 20) + 1,), np.float32),
+            ("empty", (0, 2), np.float32),
+            ("d", (), np.float64),
+        ]
+    }
+    tensors = {name: torch.from_numpy(np.asarray(a)) for name, a in arrays.items()}
+    tensors["c"] = tensors["c"].T.contiguous().T
+    copies = Copies(tensors)
+    assert all(torch.equal(copies.values[name], t) for name, t in tensors.items())
+    assert copies.values["c"].stride() == tensors["c"].stride()
+    assert all(copies.values[name].data_ptr() != t.data_ptr() for name, t in tensors.items() if t.numel())
+    others = {name: 2 * t + 1 for name, t in tensors.items()}
+    found = copies.sums(lambda a, b: [(a - b).double(), b.double()], list(others.values())).numpy()
+    expected = [[(a + 1).sum(dtype=np.float64), a.sum(dtype=np.float64)] for a in arrays.values()]
+    np.testing.assert_allclose(found.T, expected, rtol=1e-5, atol=1e-3)
+    assert copies.overwrite(others)
+    assert all(torch.equal(copies.values[name], t) for name, t in others.items())
+    for changed in (torch.zeros(1, 3), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 2).T):
+        assert not copies.overwrite({**others, "a": changed})
+    assert torch.equal(copies.values["a"], others["a"])
