@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from lightning_sketch.directions import count_units, units_checksum
 from lightning_sketch.errors import ConfigurationError, SketchError
 
 FILE_NAME = "features.safetensors"
-_FORMAT = "lightning_sketch.features.1"
+_FORMAT = "lightning_sketch.features.2"
+RIDGE = 3.0  # of the second moment of the gradients, in mean eigenvalues
 _RANK = 1e-5  # singular values below this part of the largest are rounding of float32
 
 
@@ -26,11 +28,15 @@ class UnitFeatures:
 
     Args:
         array: ``(points, n, m)`` float32; inner products over ``m`` approximate those of the gradients.
+        losses: ``(points, n)`` float32, the mean of every unit's losses at these points.
         units: :func:`units_checksum` of the unit map.
+        seed: of the projection.
     """
 
     array: np.ndarray
+    losses: np.ndarray
     units: str
+    seed: int
 
     def save(self, dirpath: str | os.PathLike[str]) -> None:
         """Write them to a directory, made if need be; what was there before stays until all is written.
@@ -42,8 +48,10 @@ class UnitFeatures:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=directory, prefix=".writing-", delete=False) as file:
-                content = {"features": np.ascontiguousarray(self.array, dtype=np.float32)}
-                file.write(safetensors.numpy.save(content, {"format": _FORMAT, "units": self.units}))
+                arrays = {"features": self.array, "losses": self.losses}
+                content = {name: np.ascontiguousarray(a, dtype=np.float32) for name, a in arrays.items()}
+                header = {"format": _FORMAT, "units": self.units, "seed": str(self.seed)}
+                file.write(safetensors.numpy.save(content, header))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(file.name, directory / FILE_NAME)
@@ -65,10 +73,11 @@ class UnitFeatures:
         path = Path(dirpath) / FILE_NAME
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
-                header, names = file.metadata() or {}, list(file.keys())
-                if header.get("format") != _FORMAT or names != ["features"]:
+                header, names = file.metadata() or {}, sorted(file.keys())
+                seed = header.get("seed", "")
+                if header.get("format") != _FORMAT or names != ["features", "losses"] or not seed.isdecimal():
                     raise SketchError(f"`{path}` holds no features of units: give the `dirpath` of GradientFeatures.")
-                array = file.get_tensor("features")
+                array, losses = file.get_tensor("features"), file.get_tensor("losses")
         except (OSError, safetensors.SafetensorError) as error:
             raise SketchError(f"`{path}` can not be read ({error}): run GradientFeatures again.") from error
         if header.get("units") != units_checksum(unit_of_example):
@@ -77,22 +86,33 @@ class UnitFeatures:
             )
         if array.dtype != np.float32 or array.ndim != 3 or array.shape[1] != count_units(unit_of_example):
             raise SketchError(f"`{path}` holds {array.dtype} of shape {array.shape}: run GradientFeatures again.")
-        if not np.isfinite(array).all():
+        if losses.dtype != np.float32 or losses.shape != array.shape[:2]:
+            raise SketchError(f"`{path}` holds losses of shape {losses.shape}: run GradientFeatures again.")
+        if not (np.isfinite(array).all() and np.isfinite(losses).all()):
             raise SketchError(f"`{path}` holds NaN or infinity: run GradientFeatures again on a run that is stable.")
-        return cls(array, header["units"])
+        return cls(array, losses, header["units"], int(seed))
+
+    @cached_property
+    def spectra(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of every point, the left singular vectors of the gradients, ``(n, p)``, and the squares of the values."""
+        found = []
+        for gradients in self.array.astype(np.float64):
+            left, singular, _ = svd(gradients, full_matrices=False)
+            found.append((left, singular**2))
+        return found
 
     def flattened(self) -> np.ndarray:
         """Return features whose inner products are the prior covariance of units, float64, ``(n, points * m)``.
 
-        At each point they are ``(g_u . (C + c I)^-1 g_v)``, with ``C`` the second moment of the gradients and ``c`` its
-        mean eigenvalue among the ``n``: what units share, training has unlearned by its end, so that plain products of
-        gradients overrate it (the kernel of Park et al., *TRAK*, arXiv 2303.14186, section 3.2, with a ridge).
+        At each point they are ``(g_u . (C + c I)^-1 g_v)``, with ``C`` the second moment of the gradients and ``c``
+        :data:`RIDGE` times its mean eigenvalue among the ``n``: what units share, training has unlearned by its end, so
+        that plain products of gradients overrate it (the kernel of Park et al., *TRAK*, arXiv 2303.14186, section 3.2,
+        with a ridge).
         """
         parts = []
-        for gradients in self.array.astype(np.float64):
-            left, singular, _ = svd(gradients, full_matrices=False)
-            squares = singular**2
-            parts.append(left * np.sqrt(squares / (squares + squares.sum() / len(left) + np.finfo(np.float64).tiny)))
+        for left, squares in self.spectra:
+            ridge = RIDGE * squares.sum() / len(left) + np.finfo(np.float64).tiny
+            parts.append(left * np.sqrt(squares / (squares + ridge)))
         return np.concatenate(parts, axis=1)
 
     def leading_directions(self, count: int) -> np.ndarray:

@@ -1,15 +1,18 @@
-"""How good are predictions, and their error bars? Sketches of digits against really retraining, in several settings.
+"""How good are predictions, and their error bars? Sketches against really retraining, in several settings.
 
-    python examples/benchmarks/predictions.py [--quick] [--seed N]
+    python examples/benchmarks/predictions.py [--quick] [--seed N] [--names FILE] [--settings "names transformer" ..]
 
 Each setting trains once with the sketch and retrains for every deletion, with the same batches and initial weights.
 """
 
 import argparse
 import logging
+import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -23,7 +26,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_sketch import DeletionPredictor, Sketch, SketchCallback, StableAdamW
 from lightning_sketch.prediction import Effect
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "paper"))
+from microgpt import BOS, IGNORED, MicroGPT, NamesDataset, collate_names, load_names
+
 UNITS, EPOCHS, BATCH, TRAIN = 50, 6, 48, 1437
+NAMES, NAMES_BATCH, NAMES_TEST = 1000, 10, 100
 STEPS = EPOCHS * (TRAIN // BATCH)
 SIZES = (1, 2, 5, 12)
 RETRAIN_TOGETHER = 10
@@ -36,7 +43,7 @@ class Setting:
 
     units: str = "random"  # or "classes": five in each class; "unequal": log-normal sizes
     optimizer: str = "adam"  # or "sgd": momentum 0.9
-    model: str = "mlp"  # or "cnn"
+    model: str = "mlp"  # or "cnn", or "names": the transformer of examples/paper
     design: str = "basis+common"
     directions: int = 1
 
@@ -47,6 +54,7 @@ SETTINGS = {
     "units of unequal size": Setting(units="unequal"),
     "SGD with momentum": Setting(optimizer="sgd"),
     "CNN": Setting(model="cnn"),
+    "names transformer": Setting(model="names"),
     "random sources, 20 orthonormal": Setting(design="orthonormal", directions=20),
     "units within classes, 40 orthonormal": Setting(units="classes", design="orthonormal", directions=40),
 }
@@ -165,6 +173,95 @@ class Study:
             return torch.func.vmap(losses, in_dims=(0, None, None))(parameters, *self.test)
 
 
+class NamesStudy:
+    """One sketched run of the names transformer, one pass over the names, and retraining of any deletions.
+
+    Args:
+        setting: which directions.
+        seed: of the units and the run.
+        names: a file of names, one a line.
+    """
+
+    def __init__(self, setting: Setting, seed: int, names: Path) -> None:
+        self.generator = np.random.default_rng(1000 + seed)
+        given = load_names(names, NAMES + NAMES_TEST)
+        train, test = given[:NAMES], given[NAMES:]
+        self.units = self.generator.integers(0, UNITS, len(train))
+        self.batches = collate_names(list(NamesDataset(train))).split(NAMES_BATCH)
+        self.test = collate_names(list(NamesDataset(test)))
+        pl.seed_everything(seed, verbose=False)
+        self.model = MicroGPT(steps=len(self.batches)).double()
+        self.initial = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        with tempfile.TemporaryDirectory() as directory:
+            callback = SketchCallback(
+                f"{directory}/sketch", setting.directions, 3, design=setting.design, units=self.units, seed=seed
+            )
+            trainer = pl.Trainer(
+                max_epochs=1,
+                precision="64-true",
+                accelerator="cpu",
+                callbacks=[callback],
+                logger=False,
+                enable_progress_bar=False,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(self.model, DataLoader(NamesDataset(train), NAMES_BATCH, collate_fn=collate_names))
+            predictor = DeletionPredictor(Sketch.load(f"{directory}/sketch"), self.model, name_losses)
+            self.effect: Effect = predictor.prepare(self.test)
+
+    random_deletions = Study.random_deletions
+
+    def true_changes(self, x: np.ndarray) -> np.ndarray:
+        """Return the changes of the test losses, ``(len(x), tests)``, on retraining with deletion weights ``x``."""
+        everything = np.concatenate([x, np.zeros((1, UNITS))])
+        weights = torch.as_tensor(1 - everything)[:, torch.as_tensor(self.units)]
+        losses = torch.cat([self._retrain(part) for part in weights.split(RETRAIN_TOGETHER)])
+        return (losses[:-1] - losses[-1]).numpy()
+
+    def _retrain(self, weights: Tensor) -> Tensor:
+        def call(parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:
+            return torch.func.functional_call(self.model, parameters, (tokens,))
+
+        def objective(parameters: dict[str, Tensor], names: Tensor, weight: Tensor) -> Tensor:
+            losses, kept = token_losses(lambda tokens: call(parameters, tokens), names)
+            return (weight[:, None] * losses).sum() / kept.sum()
+
+        def test_losses(parameters: dict[str, Tensor]) -> Tensor:
+            losses, kept = token_losses(lambda tokens: call(parameters, tokens), self.test)
+            return losses.sum(1) / kept.sum(1)
+
+        gradient = torch.func.vmap(torch.func.grad(objective), in_dims=(0, None, 0))
+        parameters = {name: p.expand(len(weights), *p.shape).clone() for name, p in self.initial.items()}
+        first = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        weight_of = weights.split(NAMES_BATCH, dim=1)
+        for step, names in enumerate(self.batches):
+            rate = self.model.lr * (1 - step / len(self.batches))
+            for name, g in gradient(parameters, names, weight_of[step]).items():
+                first[name] = 0.85 * first[name] + 0.15 * g
+                second[name] = 0.99 * second[name] + 0.01 * g**2
+                scaled = second[name] / (1 - 0.99 ** (step + 1)) + 1e-3
+                parameters[name] = parameters[name] - rate * first[name] / (1 - 0.85 ** (step + 1)) / scaled.sqrt()
+        with torch.no_grad():
+            return torch.func.vmap(test_losses)(parameters)
+
+
+def token_losses(forward: Callable[[Tensor], Tensor], names: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``-log p`` of every token, 0 at the padding, and where there is none of it, ``(B, L - 1)``."""
+    inputs, targets = names[:, :-1], names[:, 1:]
+    kept = targets != IGNORED
+    logits = forward(inputs.masked_fill(inputs == IGNORED, BOS))
+    chosen = F.log_softmax(logits, -1).gather(-1, targets.masked_fill(~kept, 0)[..., None])[..., 0]
+    return -chosen * kept, kept
+
+
+def name_losses(module: MicroGPT, names: Tensor) -> Tensor:
+    """Return the mean loss over the tokens of every name, ``(B,)``."""
+    losses, kept = token_losses(module, names)
+    return losses.sum(1) / kept.sum(1)
+
+
 def _units(kind: str, labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     if kind == "classes":
         return labels * (UNITS // 10) + generator.integers(0, UNITS // 10, TRAIN)
@@ -185,9 +282,13 @@ def _lds(predicted: np.ndarray, true: np.ndarray) -> float:
     return float(np.mean([spearmanr(p, t).statistic for p, t in zip(predicted.T, true.T, strict=True)]))
 
 
-def rows(name: str, setting: Setting, seed: int, count: int) -> None:
+def rows(name: str, setting: Setting, seed: int, count: int, names: Path | None) -> None:
     """Print a setting's rows, one for each size and one for all."""
-    study = Study(setting, seed)
+    if setting.model == "names":
+        assert names is not None
+        study: Study | NamesStudy = NamesStudy(setting, seed, names)
+    else:
+        study = Study(setting, seed)
     cases = {str(size): study.random_deletions(size, count) for size in SIZES}
     if setting.units == "classes":
         cases[WHOLE_CLASS] = np.kron(np.eye(10), np.ones(UNITS // 10))
@@ -219,6 +320,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two settings, 20 deletions of each size")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--names", type=Path, help="a text file of names, one a line, for the names transformer")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -227,9 +330,11 @@ def main() -> None:
         "LDS, degree 3 | coverage at 90 % | reliable, % | degree 3 / first order where reliable |\n"
         "|---|---|---|---|---|---|---|---|---|---|"
     )
-    for name, setting in SETTINGS.items():
-        if not given.quick or name in QUICK:
-            rows(name, setting, given.seed, 20 if given.quick else 50)
+    for name in given.settings:
+        if SETTINGS[name].model == "names" and given.names is None:
+            print(f"{name}: skipped, give --names FILE")
+        elif not given.quick or name in QUICK:
+            rows(name, SETTINGS[name], given.seed, 20 if given.quick else 50, given.names)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ from lightning_sketch.shadow.wrapping import check_start, check_trainer, count_e
 
 
 class GradientFeatures(pl.Callback):
-    """Record randomly projected gradients of every unit at a few points of training.
+    """Record randomly projected gradients of every unit, and its losses, at a few points of training.
 
-    Their inner products tell which units act alike. ``SketchCallback(design="gradient",
-    features=dirpath)`` measures along their leading eigenvectors, and ``DeletionPredictor(..., features=dirpath)`` may
-    take them for a prior. Each point costs one pass over the train dataset and, for each batch, as much as a
-    direction of degree 1 for each of its units. The run itself is left alone.
+    Their inner products tell which units act alike. ``SketchCallback(design="gradient", features=dirpath)`` measures
+    along their leading eigenvectors, and ``DeletionPredictor(..., features=dirpath)`` may take them for a prior, in
+    which influence functions are a mean. Each point costs one pass over the train dataset and, for each batch, as
+    much as a direction of degree 1 for each of its units. The run itself is left alone.
 
     Args:
         dirpath: directory that the features are written to.
@@ -68,6 +68,7 @@ class GradientFeatures(pl.Callback):
         self._due: list[int] = []  # optimizer steps of the points to come
         self._loaded = False
         self._features: list[torch.Tensor] = []  # one a point, (n, m)
+        self._losses: list[torch.Tensor] = []  # one a point, (n,)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -98,7 +99,9 @@ class GradientFeatures(pl.Callback):
         while self._due and self._due[0] <= step:
             self._due.pop(0)
             projection = CountSketch(self.projection, self.seed)
-            self._features.append(project_gradients(trainer, module, self.weighting, self._of_example, projection))
+            losses, gradients = project_gradients(trainer, module, self.weighting, self._of_example, projection)
+            self._losses.append(losses)
+            self._features.append(gradients)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -111,17 +114,19 @@ class GradientFeatures(pl.Callback):
             self._due = self._due[-1:]
             self._take(trainer, pl_module, self._due[0])
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            UnitFeatures(torch.stack(self._features).numpy(), units_checksum(self._of_example)).save(self.dirpath)
+            features, losses = torch.stack(self._features).numpy(), torch.stack(self._losses).numpy()
+            UnitFeatures(features, losses, units_checksum(self._of_example), self.seed).save(self.dirpath)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Called where a checkpoint is saved: the features so far, as tensors and primitives."""
-        return {"due": list(self._due), "features": list(self._features)}
+        return {"due": list(self._due), "features": list(self._features), "losses": list(self._losses)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Called before training is resumed."""
-        self._due, self._features, self._loaded = state_dict["due"], state_dict["features"], True
+        self._due, self._features, self._losses = state_dict["due"], state_dict["features"], state_dict["losses"]
+        self._loaded = True
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

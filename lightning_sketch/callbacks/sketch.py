@@ -165,8 +165,9 @@ class SketchCallback(CarriesJets):
                 )
         else:
             plain, projection = LossWeighting(self.weighting.loss, "batch"), CountSketch(PROJECTION, self.seed)
-            found = project_gradients(trainer, module, plain, of_example, projection).numpy()
-            self._leading = torch.from_numpy(UnitFeatures(found[None], "").leading_directions(count))
+            losses, found = project_gradients(trainer, module, plain, of_example, projection)
+            features = UnitFeatures(found[None].numpy(), losses[None].numpy(), "", self.seed)
+            self._leading = torch.from_numpy(features.leading_directions(count))
         return self._leading.numpy()
 
     @override

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.prediction import queries
 from lightning_sketch.prediction.estimators import FAILURE_PROBABILITY, Estimator, make_estimator
+from lightning_sketch.prediction.influence import Influence
 from lightning_sketch.prediction.tail import resum, tail
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Effect:
         units: ``(num_examples,)`` integers, the unit of each training example, -1 for none.
         features: ``(n, q)`` float64, whose inner products are a prior covariance of the units that the kernel estimator
             may use (:meth:`~lightning_sketch.features.UnitFeatures.flattened`); or None.
+        influence: of the units on the entries of the output, from which it may take a prior mean; or None.
 
     Raises:
         ConfigurationError: shapes that do not fit each other, or numbers that are not finite.
@@ -121,6 +123,7 @@ class Effect:
         directions: np.ndarray,
         units: np.ndarray,
         features: np.ndarray | None = None,
+        influence: Influence | None = None,
     ) -> None:
         directions = np.asarray(directions, dtype=np.complex128)
         shape = tuple(baseline.shape)
@@ -152,6 +155,7 @@ class Effect:
         self._directions = directions
         self._units = units
         self._features = features
+        self._influence = influence
         self._examples_per_unit = np.bincount(units[units >= 0], minlength=self.num_units)
         self._baseline = self.baseline.cpu().double().numpy().reshape(-1)
         self._flat = self.coefficients.cpu().to(torch.complex128).numpy().reshape(self.degree, len(directions), -1)
@@ -268,7 +272,11 @@ class Effect:
         if not np.isfinite(flat).all():
             raise ConfigurationError("`weights` holds NaN or infinity: give finite numbers.")
         baseline = torch.tensor(flat @ self._baseline).to(self.baseline)
-        return Effect(baseline, torch.from_numpy(self._flat @ flat), self._directions, self._units, self._features)
+        influence = None
+        if self._influence is not None:
+            influence = self._influence.of(flat[None] @ self._influence.gradients)
+        coefficients = torch.from_numpy(self._flat @ flat)
+        return Effect(baseline, coefficients, self._directions, self._units, self._features, influence)
 
     def rank(
         self, k: int = 10, of: str | Tensor = "mean", *, estimator: str = "auto", degree: int | None = None
@@ -367,7 +375,7 @@ class Effect:
         key = (estimator, failure_probability)
         if key not in self._estimators:
             self._estimators[key] = make_estimator(
-                estimator, self._directions, self._flat, failure_probability, self._features
+                estimator, self._directions, self._flat, failure_probability, self._features, self._influence
             )
         terms, stderr = self._estimators[key].by_degree(x, int(degree))
         profile = np.sqrt(np.mean(np.abs(self._flat[int(degree) - 1]) ** 2, axis=0))

@@ -17,6 +17,7 @@ from scipy.linalg import LinAlgError, cholesky, solve_triangular
 from scipy.linalg.lapack import dpstrf
 
 from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.prediction.influence import Influence
 
 ESTIMATORS = ("auto", "kernel", "mean", "median_of_means")
 # The kernel's factors cost O(m^3) operations once and O(m^2) bytes per order; `auto` takes it up to this m.
@@ -28,6 +29,9 @@ COMMON_MODE_GRID = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 DIAGONAL_GRID = (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 GRADIENTS_GRID = (0.0, 1.0, 10.0, 100.0, 1000.0)
 EFFECTS_GRID = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+
+# Measurements that a prior with a mean needs for each weight of it.
+MEASUREMENTS_PER_WEIGHT = 3
 
 _MAX_LIKELIHOOD_ROWS = 256  # enough to choose a prior, and keeps the grids cheap beside the one full factorisation
 _MAX_LIKELIHOOD_OUTPUTS = 256
@@ -61,6 +65,7 @@ def make_estimator(
     coefficients: np.ndarray,
     failure_probability: float = FAILURE_PROBABILITY,
     features: np.ndarray | None = None,
+    influence: Influence | None = None,
 ) -> Estimator:
     """Return the estimator of that name.
 
@@ -71,6 +76,7 @@ def make_estimator(
         coefficients: ``(R, K, O)`` complex128.
         failure_probability: ``delta`` of the median of means.
         features: ``(n, q)`` float64, features of the units for the prior of the kernel; or None.
+        influence: of the units on the outputs, for its prior mean; or None.
 
     Raises:
         ConfigurationError: unknown name, or directions that the estimator can not use.
@@ -89,7 +95,7 @@ def make_estimator(
                 "that the mean can not use: pass `estimator='kernel'`, slow at first, or sketch fewer directions."
             )
     if name == "kernel":
-        return KernelEstimator(directions, coefficients, features)
+        return KernelEstimator(directions, coefficients, features, influence)
     if name == "mean":
         return MeanEstimator(directions, coefficients)
     return MedianOfMeansEstimator(directions, coefficients, failure_probability)
@@ -203,7 +209,7 @@ class MedianOfMeansEstimator(MeanEstimator):
 
 @dataclass(frozen=True)
 class Prior:
-    """Covariance of the numbers ``<F_r, u^(x r)>``, up to the output's own scale ``s_r^2``.
+    """Mean and covariance of the numbers ``<F_r, u^(x r)>``, the latter up to the output's own scale ``s_r^2``.
 
     ``k(u, v) = (u . M v)^r + b sum_i (u_i v_i)^r``, ``M = (I + a 1 1^T + g Phi Phi^T + h Gamma Gamma^T) / (1+a+g+h)``.
 
@@ -216,12 +222,15 @@ class Prior:
             For one output it says that the output is nearly a function of its own first-order change.
         gradients: ``h``, what units of like gradients share. ``Gamma``, ``(n, q)``, holds features of the units, scaled
             to a mean of 1 on the diagonal of ``Gamma Gamma^T``; 0 where there are none.
+        informed: whether the mean is a sum of terms of :class:`~lightning_sketch.prediction.influence.Influence`, with
+            weights that all outputs share; else it is zero.
     """
 
     common: float = 0.0
     diagonal: float = 0.0
     effects: float = 0.0
     gradients: float = 0.0
+    informed: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,6 +242,7 @@ class _Order:
     whitener: np.ndarray  # (p, p)
     whitened: np.ndarray  # (p, O), whitener @ y
     scale: np.ndarray  # (O,), s_r
+    weights: np.ndarray | None  # (Q,), of the terms of the mean
 
 
 class KernelEstimator(Estimator):
@@ -245,12 +255,21 @@ class KernelEstimator(Estimator):
     and 2.26), with ``s_r^2 = y^T G^-1 y / p`` per output. Where the directions span the deletion the term is exact and
     its variance zero, whatever the prior. Standard errors of orders are added, not their squares: what the directions
     did not see of one order they did not see of the next, and the errors of orders were found to have the same sign
-    (``examples/benchmarks/README.md``).
+    (``examples/benchmarks/README.md``). A mean takes away what the orders have in common: the error of an order that
+    has one was found to be nearly independent of those before (same place), and is added in squares.
+
+    Where the influences of the units are given, the prior of an order may have a mean ``H w`` of their terms
+    ``H``, whose weights, shared by the outputs, are fitted by generalised least squares (equations 2.39 to 2.41, there
+    of each output alone); ``y - H w`` then takes the place of ``y``. An output's own measurements say nothing of what
+    no direction measured, but what they say together of influence functions holds there, too.
 
     The prior of an order, shared by the outputs, is chosen among kinds of growing richness: with ``a``; also with
-    ``h``, where features of the units are given; with ``b``; with ``g``. Within a kind the weights, zero included,
-    maximise the marginal likelihood (equation 2.30) on grids, one weight after the other; among kinds the best is that
-    which best predicts every stored direction from the others (:meth:`_Fit.held_out_density`).
+    ``h``, where features of the units are given; with ``b``; with ``g``; and with a mean. Within
+    a kind the weights, zero included, maximise the marginal likelihood (equation 2.30) on grids, one weight after the
+    other; among kinds the best is that which best predicts every stored direction from the others
+    (:meth:`_Fit.held_out_density`). A mean is tried from
+    :data:`MEASUREMENTS_PER_WEIGHT` measurements for each of its weights on: leading eigenvectors are alike in what
+    unlearns them, so few of them do not tell the ridges apart that matter for the rest.
 
     Measurements may depend on each other: more directions than units always do at order 1. A Cholesky factorisation
     with diagonal pivoting keeps ``p`` independent ones and leaves out those that they determine (LAPACK ``dpstrf``;
@@ -264,9 +283,16 @@ class KernelEstimator(Estimator):
         directions: ``(K, n)`` complex128.
         coefficients: ``(R, K, O)`` complex128.
         features: ``(n, q)`` float64, of the units, whose inner products are a prior covariance; or None.
+        influence: of the units on the outputs; or None.
     """
 
-    def __init__(self, directions: np.ndarray, coefficients: np.ndarray, features: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        directions: np.ndarray,
+        coefficients: np.ndarray,
+        features: np.ndarray | None = None,
+        influence: Influence | None = None,
+    ) -> None:
         norms = np.linalg.norm(directions, axis=1)
         if not norms.any():
             raise ConfigurationError("`directions` are all zero, which measures nothing: sketch along others.")
@@ -278,6 +304,7 @@ class KernelEstimator(Estimator):
         self._maps: dict[str, np.ndarray] = {}  # what units share, by the prior's weight of it
         if features is not None and features.any():
             self._maps["gradients"] = features * (math.sqrt(len(features)) / np.linalg.norm(features))
+        self._features, self._influence = features, influence
         self._orders: dict[int, _Order] = {}
 
     def by_degree(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
@@ -287,17 +314,26 @@ class KernelEstimator(Estimator):
         terms = np.empty((degree, len(x), self._coefficients.shape[2]))
         errors = np.empty(terms.shape)
         for r in range(1, degree + 1):
-            order = self._order(r)
-            known, asked = self._vectors(order.prior), _Vectors(unit, self._used(order.prior))
-            sizes = norms * asked.sizes(order.prior)[:, None]  # sqrt(x . M x)
-            k = _measurements(_Pairs(known, asked, r).kernel(order.prior))[order.rows]
-            z = _matmul(k.T, order.whitener.T)
-            terms[r - 1] = _times_power(_matmul(z, order.whitened), sizes, r)
-            prior = asked.variance(order.prior, r)
-            left = prior - np.einsum("mp,mp->m", z, z)
-            left[left < _ROUNDING * prior] = 0
-            errors[r - 1] = _times_power(np.sqrt(left)[:, None] * order.scale, sizes, r)
-        return terms, errors.cumsum(axis=0)
+            terms[r - 1], errors[r - 1] = self._term(unit, norms, r)
+        for r in range(2, degree + 1):
+            join = np.hypot if self._order(r).prior.informed else np.add
+            errors[r - 1] = join(errors[r - 2], errors[r - 1])
+        return terms, errors
+
+    def _term(self, unit: np.ndarray, norms: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the term of order ``r`` of the deletions ``norms * unit`` and its standard error, ``(m, O)``."""
+        order = self._order(r)
+        known, asked = self._vectors(order.prior), _Vectors(unit, self._used(order.prior))
+        sizes = norms * asked.sizes(order.prior)[:, None]  # sqrt(x . M x)
+        k = _measurements(_Pairs(known, asked, r).kernel(order.prior))[order.rows]
+        z = _matmul(k.T, order.whitener.T)
+        term = _times_power(_matmul(z, order.whitened), sizes, r)
+        if order.weights is not None:
+            term += _times_power(self._mean(unit, r, order.weights), norms, r)
+        prior = asked.variance(order.prior, r)
+        left = prior - np.einsum("mp,mp->m", z, z)
+        left[left < _ROUNDING * prior] = 0
+        return term, _times_power(np.sqrt(left)[:, None] * order.scale, sizes, r)
 
     def _order(self, r: int) -> _Order:
         if r not in self._orders:
@@ -318,18 +354,54 @@ class KernelEstimator(Estimator):
         """Make ``Phi``, ``(n, q)``, of at most :data:`_MAX_LIKELIHOOD_OUTPUTS` outputs that change at all."""
         if "effects" not in self._maps:
             n = self._directions.shape[1]
-            order = self._order(1)
-            linear = order.whitener.T @ order.whitened[:, _few_outputs(order.whitened)]  # G^-1 y
-            effects = np.empty((n, linear.shape[1]))
-            for start in range(0, n, _UNITS_AT_ONCE):
-                units = _Vectors(np.eye(min(_UNITS_AT_ONCE, n - start), n, start), self._used(order.prior))
-                k = _measurements(_Pairs(self._vectors(order.prior), units, 1).kernel(order.prior))[order.rows]
-                effects[start : start + k.shape[1]] = (k * units.sizes(order.prior)).T @ linear
+            effects = self._effects(_few_outputs(self._coefficients))
             norms = np.linalg.norm(effects, axis=0)
             effects = effects[:, norms > _NO_EFFECT * norms.max(initial=0)]
             if effects.size:
                 effects *= math.sqrt(n / effects.shape[1]) / np.linalg.norm(effects, axis=0)
             self._maps["effects"] = effects
+
+    def _effects(self, outputs: slice) -> np.ndarray:
+        """Return the first-order effects of all units on some outputs, ``(n, O)``."""
+        n = self._directions.shape[1]
+        parts = []
+        for start in range(0, n, _UNITS_AT_ONCE):
+            units = np.eye(min(_UNITS_AT_ONCE, n - start), n, start)
+            parts.append(self._term(units, np.ones((len(units), 1)), 1)[0][:, outputs])
+        return np.concatenate(parts)
+
+    @cached_property
+    def _first_effects(self) -> np.ndarray:
+        return self._effects(slice(None))
+
+    @cached_property
+    def _own_effects(self) -> np.ndarray:
+        """First-order effects of units on the units' own losses, ``(n, n)``."""
+        assert self._influence is not None
+        coefficients = _times_power(self._influence.unit_coefficients, 1 / self._norms, 1)
+        if not np.iscomplexobj(self._directions):
+            coefficients = coefficients.real
+        estimator = KernelEstimator(self._directions, coefficients[None], self._features, self._influence.of_units)
+        order = self._order(1)
+        estimator._orders[1] = estimator._solve(1, order.prior, order.weights)
+        return estimator._effects(slice(None))
+
+    def _mean_terms(self, unit: np.ndarray, r: int, outputs: slice) -> np.ndarray | None:
+        """Return the measurements along vectors of what the mean is made of, ``(Q, m, O)``; None where it is zero."""
+        if self._influence is None:
+            return None
+        if r == 1:
+            terms = self._influence.first(unit, outputs)
+        else:
+            terms = self._influence.higher(unit, r, self._first_effects[:, outputs], self._own_effects)[None]
+        return np.concatenate([terms.real, terms.imag], axis=1) if np.iscomplexobj(terms) else terms
+
+    def _mean(self, unit: np.ndarray, r: int, weights: np.ndarray) -> np.ndarray:
+        """Return the mean of order ``r``, ``(k, O)``."""
+        assert self._influence is not None
+        if r == 1:
+            return self._influence.first_sum(unit, weights)
+        return weights[0] * self._influence.higher(unit, r, self._first_effects, self._own_effects)
 
     def _factor(self, r: int) -> _Order:
         values = _measurements(_times_power(self._coefficients[r - 1], 1 / self._norms, r))
@@ -337,15 +409,24 @@ class KernelEstimator(Estimator):
         if r > 1 and any(EFFECTS_GRID):
             self._find_effects()
         maps = {name: shared for name, shared in self._maps.items() if r > 1 or name != "effects"}
-        prior = _choose_prior(self._directions, maps, r, rows[:_MAX_LIKELIHOOD_ROWS], values)
+        terms = self._mean_terms(self._directions, r, _few_outputs(values))
+        prior, weights = _choose_prior(self._directions, maps, r, rows[:_MAX_LIKELIHOOD_ROWS], values, terms)
+        return self._solve(r, prior, weights)
+
+    def _solve(self, r: int, prior: Prior, weights: np.ndarray | None) -> _Order:
+        """Regress the measurements of an order under a given prior."""
+        values = _measurements(_times_power(self._coefficients[r - 1], 1 / self._norms, r))
+        if weights is not None:
+            values = values - _measurements(self._mean(self._directions, r, weights))
         known = self._vectors(prior)
-        rows, scale, factor = _independent_rows(_Gram(known, r), prior)
-        whitener = solve_triangular(factor, np.eye(len(rows)), lower=True) * scale
+        rows, spread, factor = _independent_rows(_Gram(known, r), prior)
+        whitener = solve_triangular(factor, np.eye(len(rows)), lower=True) * spread
         sizes = known.sizes(prior)[rows % len(self._directions), None]
         whitened = whitener @ _times_power(values[rows], 1 / sizes, r)
         largest = np.abs(whitened).max(axis=0, initial=0)
         largest[largest == 0] = 1
-        return _Order(prior, rows, whitener, whitened, largest * np.sqrt(np.mean((whitened / largest) ** 2, axis=0)))
+        scale = largest * np.sqrt(np.mean((whitened / largest) ** 2, axis=0))
+        return _Order(prior, rows, whitener, whitened, scale, weights)
 
 
 class _Vectors:
@@ -454,9 +535,14 @@ def _independent_rows(gram_of: _Gram, prior: Prior) -> tuple[np.ndarray, np.ndar
 
 
 def _choose_prior(
-    directions: np.ndarray, maps: Mapping[str, np.ndarray], r: int, rows: np.ndarray, values: np.ndarray
-) -> Prior:
-    """Return the prior of an order, as :class:`KernelEstimator` says.
+    directions: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    r: int,
+    rows: np.ndarray,
+    values: np.ndarray,
+    terms: np.ndarray | None = None,
+) -> tuple[Prior, np.ndarray | None]:
+    """Return the prior of an order and the weights of its mean, ``(Q,)`` or None, as :class:`KernelEstimator` says.
 
     Args:
         directions: ``(K, n)``, of unit norm.
@@ -464,13 +550,16 @@ def _choose_prior(
         r: order.
         rows: ``(p,)``, the measurements used; independent, so that ``G`` is regular for every prior.
         values: ``(m, O)``, all measurements.
+        terms: ``(Q, m, O)``, what a mean may be made of, of few outputs; or None.
     """
-    y = values[rows]
-    y = y[:, y.any(axis=0)]  # an output that never changes has s_r = 0 and says nothing of the prior
+    y = values[rows][:, _few_outputs(values)]
+    changing = y.any(axis=0)  # an output that never changes has s_r = 0 and says nothing of the prior
+    y = y[:, changing]
     if not y.size:
-        return Prior()
-    y = y[:, _few_outputs(y)]
-    y = y / np.abs(y).max(axis=0)  # so that no square below underflows
+        return Prior(), None
+    largest = np.abs(y).max(axis=0)
+    y = y / largest  # so that no square below underflows
+    terms = None if terms is None else terms[:, rows][:, :, changing] / largest
     used, position = np.unique(rows % len(directions), return_inverse=True)
     part = position + len(used) * (rows // len(directions))
     gram = _Gram(_Vectors(directions[used], maps), r)
@@ -478,33 +567,91 @@ def _choose_prior(
 
     def fit(prior: Prior) -> _Fit | None:
         if prior not in fits:
-            fits[prior] = _Fit.of(gram, prior, part, position, y)
+            fits[prior] = _Fit.of(gram, prior, part, position, y, terms if prior.informed else None)
         return fits[prior]
 
     def likelihood(prior: Prior) -> float:
         found = fit(prior)
         return -math.inf if found is None else found.likelihood
 
+    def improve(prior: Prior) -> Prior:
+        for _ in range(2):
+            for weight in reversed(active):
+                prior = max((_with(prior, weight, value) for value in grids[weight]), key=likelihood)
+        return prior
+
     grids: dict[str, tuple[float, ...]] = {"common": COMMON_MODE_GRID}
     if "gradients" in maps:
         grids["gradients"] = GRADIENTS_GRID
     if r > 1:
         grids |= {"diagonal": DIAGONAL_GRID, "effects": EFFECTS_GRID}
-    best = Prior(**{name: min(grid) for name, grid in grids.items()})
+    best = Prior()
+    for name, grid in grids.items():
+        best = _with(best, name, min(grid))
     kinds: list[Prior] = []
     active: list[str] = []
     for name in grids:
         active.append(name)
-        for _ in range(2):
-            for weight in reversed(active):
-                best = max((replace(best, **{weight: value}) for value in grids[weight]), key=likelihood)
+        best = improve(best)
         kinds.append(best)
+    if terms is not None and len(rows) >= MEASUREMENTS_PER_WEIGHT * len(terms):
+        kinds.append(improve(replace(best, informed=True)))
 
     def held_out(prior: Prior) -> float:
         found = fit(prior)
         return -math.inf if found is None else found.held_out_density()
 
-    return max(dict.fromkeys(kinds), key=held_out)
+    chosen = max(dict.fromkeys(kinds), key=held_out)
+    found = fit(chosen)
+    return chosen, None if found is None or found.regression is None else found.regression.weights
+
+
+def _with(prior: Prior, name: str, weight: float) -> Prior:
+    return replace(prior, **{name: weight})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Regression:
+    """Weights of the terms of a mean by generalised least squares, all outputs together, each in units of its scale.
+
+    The weights have a normal prior: each term may explain as much as there is. It decides only where terms are nearly
+    the same on all measurements.
+    """
+
+    terms: np.ndarray  # (Q, p, O), G^-1 H / s, every term scaled to a mean square of 1
+    linear: np.ndarray  # (p, O), G^-1 y / s
+    normal: np.ndarray  # (Q, Q)
+    right: np.ndarray  # (Q,)
+    sizes: np.ndarray  # (Q,), what the terms were divided by
+
+    @classmethod
+    def of(cls, root: np.ndarray, y: np.ndarray, terms: np.ndarray) -> "_Regression":
+        """Regress ``y``, ``(p, O)``, on ``terms``, ``(Q, p, O)``, with ``root^T root = G^-1``."""
+        whitened, explained = root @ y, root @ terms
+        scale = np.sqrt(np.maximum((whitened**2).mean(axis=0), np.finfo(np.float64).tiny))
+        whitened, explained = whitened / scale, explained / scale
+        sizes = np.sqrt((explained**2).mean(axis=(1, 2)))
+        sizes[sizes == 0] = 1
+        explained /= sizes[:, None, None]
+        flat = explained.reshape(len(terms), -1)
+        return cls(root.T @ explained, root.T @ whitened, flat @ flat.T, flat @ whitened.reshape(-1), sizes)
+
+    def solve(self, normal: np.ndarray, right: np.ndarray) -> np.ndarray:
+        weights: np.ndarray = np.linalg.solve(normal + np.eye(len(normal)), right)
+        return weights
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """Of the terms as they were given."""
+        weights: np.ndarray = self.solve(self.normal, self.right) / self.sizes
+        return weights
+
+    def without(self, rows: np.ndarray, block: np.ndarray) -> np.ndarray:
+        """Return the weights that the other measurements give, from those of ``rows`` and their block of ``G^-1``."""
+        terms, linear = self.terms[:, rows], self.linear[rows]
+        solved = np.linalg.solve(block, terms)
+        normal = self.normal - np.einsum("qpo,rpo->qr", terms, solved)
+        return self.solve(normal, self.right - np.einsum("qpo,po->q", solved, linear)) / self.sizes
 
 
 @dataclass(frozen=True)
@@ -513,12 +660,22 @@ class _Fit:
 
     inverse: np.ndarray  # (p, p), G^-1
     linear: np.ndarray  # (p, O), G^-1 y
-    quadratic: np.ndarray  # (O,), y^T G^-1 y
+    quadratic: np.ndarray  # (O,), (y - H w)^T G^-1 (y - H w)
     direction: np.ndarray  # (p,), of each measurement
     likelihood: float
+    terms: np.ndarray | None  # (Q, p, O), G^-1 H
+    regression: _Regression | None
 
     @classmethod
-    def of(cls, gram_of: _Gram, prior: Prior, part: np.ndarray, direction: np.ndarray, y: np.ndarray) -> "_Fit | None":
+    def of(
+        cls,
+        gram_of: _Gram,
+        prior: Prior,
+        part: np.ndarray,
+        direction: np.ndarray,
+        y: np.ndarray,
+        terms: np.ndarray | None = None,
+    ) -> "_Fit | None":
         """Return the fit, or None where ``G`` is singular to rounding: the prior drowns what tells measurements apart.
 
         Args:
@@ -527,6 +684,7 @@ class _Fit:
             part: ``(p,)``, rows of the Gram matrix.
             direction: ``(p,)``, the direction of each.
             y: ``(p, O)``.
+            terms: ``(Q, p, O)``, what the mean is made of, where the prior has one.
         """
         gram = gram_of(prior)[np.ix_(part, part)]
         spread = np.sqrt(np.diagonal(gram))
@@ -538,25 +696,34 @@ class _Fit:
         log_scale = -gram_of.r * np.log(gram_of.directions.sizes(prior)[direction]) - np.log(spread)
         log_scale -= log_scale.max()
         root = solve_triangular(factor, np.diag(np.exp(log_scale)), lower=True)
-        whitened = root @ y
+        regression, solved, left = None, None, y
+        if terms is not None:
+            regression, solved = _Regression.of(root, y, terms), np.asarray(root.T @ (root @ terms))
+            left = y - np.tensordot(regression.weights, terms, axes=1)
+        whitened = root @ left
         quadratic = np.maximum((whitened**2).sum(axis=0), np.finfo(np.float64).tiny)
         # log p(y) = -1/2 (p log s^2 + log det G) + const, summed over outputs, with s^2 = y^T G^-1 y / p
         half_log_det = np.log(np.diagonal(factor)).sum() - log_scale.sum()
         likelihood = -len(y) * np.log(quadratic / len(y)).sum() / 2 - y.shape[1] * half_log_det
-        return cls(root.T @ root, root.T @ whitened, quadratic, direction, float(likelihood))
+        inverse = root.T @ root
+        return cls(inverse, inverse @ y, quadratic, direction, float(likelihood), solved, regression)
 
     def held_out_density(self) -> float:
         """Return the log density of every direction's measurements given those of all others, summed.
 
-        With ``B`` the direction's block of ``G^-1`` and ``alpha`` its part of ``G^-1 y``, its measurements miss their
-        prediction by ``B^-1 alpha``, of covariance ``s^2 B^-1`` (Rasmussen & Williams, equations 5.10 to 5.13, there
-        for one measurement; two belong to a complex direction).
+        With ``B`` the direction's block of ``G^-1`` and ``alpha`` its part of ``G^-1 (y - H w)``, its measurements miss
+        their prediction by ``B^-1 alpha``, of covariance ``s^2 B^-1`` (Rasmussen & Williams, equations 5.10 to 5.13,
+        there for one measurement; two belong to a complex direction). The weights ``w`` are those that the other
+        directions give.
         """
         scale = self.quadratic / len(self.linear)
         density = -len(self.linear) * float(np.log(scale).sum()) / 2
         for j in range(int(self.direction.max()) + 1):
             rows = np.flatnonzero(self.direction == j)
             block, alpha = self.inverse[np.ix_(rows, rows)], self.linear[rows]
+            if self.regression is not None and self.terms is not None:
+                terms: np.ndarray = self.terms[:, rows]
+                alpha = alpha - np.tensordot(self.regression.without(rows, block), terms, axes=1)
             missed = (alpha * np.linalg.solve(block, alpha)).sum(axis=0)
             density -= float((missed / scale - np.linalg.slogdet(block)[1]).sum()) / 2
         return density

@@ -18,12 +18,14 @@ from lightning_sketch.features import UnitFeatures
 from lightning_sketch.jets.tensor import JetTensor, Lead, constant, wrap
 from lightning_sketch.prediction.effect import Effect
 from lightning_sketch.prediction.evaluation import Evaluation, check_arguments, evaluate
+from lightning_sketch.prediction.influence import Influence
 from lightning_sketch.prediction.outputs import PARAMETER, Output, named_output, targets_of
 from lightning_sketch.shadow.example_ids import batch_size
 from lightning_sketch.shadow.places import Places
 from lightning_sketch.shadow.quiet import RandomState, quiet
 from lightning_sketch.shadow.record import call_with_tensors, differentiable_kernels
 from lightning_sketch.shadow.scaling import scale_orders
+from lightning_sketch.shadow.unit_gradients import CountSketch
 from lightning_sketch.shadow.weighting import LossWeighting, training_loss
 from lightning_sketch.shadow.wrapping import arguments_of
 from lightning_sketch.sketch import Shard, Sketch
@@ -56,7 +58,8 @@ class DeletionPredictor:
             All but the loss and callables read the inputs from batches ``x``, ``(x,)`` or ``(x, y)`` with ``x`` a
             tensor, or from mappings, whose entries but ``labels``, ``label`` and ``y`` are the keywords of ``forward``.
         features: ``dirpath`` of :class:`GradientFeatures` of this run or a like one. The kernel estimator then may take
-            units of like gradients to act alike, where that predicts directions held out better.
+            units of like gradients to act alike, and influence functions for a prior mean, where that predicts
+            directions held out better. `prepare` then takes the gradient of every entry of the output.
 
     Raises:
         SketchError: if the sketch is of another model.
@@ -84,7 +87,7 @@ class DeletionPredictor:
                 "callable as `output`."
             )
         sketch.check_fits(module)
-        self._features = None if features is None else UnitFeatures.load(features, sketch.units).flattened()
+        self._features = None if features is None else UnitFeatures.load(features, sketch.units)
         self.sketch = sketch
         self.module = module
         self.output = output
@@ -124,7 +127,10 @@ class DeletionPredictor:
         primal = {name: t.to(device) for name, t in self.sketch.primal.items()}
         baseline: Tensor | None = None
         coefficients: Tensor | None = None
+        influence = self._influence(primal, batches)
         for shard in self.sketch.shards():
+            if influence is not None:
+                self._project_displacements(shard, influence.displacements)
             value, block = self._along(shard, primal, batches)
             if baseline is None or coefficients is None:
                 baseline = value
@@ -138,7 +144,44 @@ class DeletionPredictor:
             del shard, block  # before the next one is read
         assert baseline is not None, "a sketch has at least one direction"
         assert coefficients is not None
-        return Effect(baseline, coefficients, self.sketch.directions, self.sketch.units, self._features)
+        features = None if self._features is None else self._features.flattened()
+        return Effect(baseline, coefficients, self.sketch.directions, self.sketch.units, features, influence)
+
+    def _influence(self, primal: dict[str, Tensor], batches: Any) -> Influence | None:
+        """Return the influences on the output, whose displacements are still to be filled in."""
+        if self._features is None or self._parameter is not None:
+            return None
+        size = self._features.array.shape[2]
+        projection = CountSketch(size, self._features.seed)
+        params = {name: primal[name].detach().requires_grad_() for name, p in self._trained().items() if name in primal}
+        found = []
+        for batch in self._batches(batches):
+            with torch.enable_grad():
+                output = self._run(primal | params, batch, None)
+                for entry in output.reshape(-1):
+                    gradients = torch.autograd.grad(entry, list(params.values()), retain_graph=True, allow_unused=True)
+                    total = torch.zeros(1, size, dtype=torch.float64, device=entry.device)
+                    for name, gradient in zip(params, gradients, strict=True):
+                        if gradient is not None:
+                            projection.add(total, name, gradient[None])
+                    found.append(total.cpu())
+        displacements = np.zeros((self.sketch.num_directions, size), dtype=np.complex128)
+        return Influence(self._features, torch.cat(found).numpy(), displacements)
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def _project_displacements(self, shard: Shard, displacements: NDArray[np.complex128]) -> None:
+        """Write the projected first-order coefficients of the parameters along the directions of a shard."""
+        assert self._features is not None
+        projection = CountSketch(displacements.shape[1], self._features.seed)
+        parts = next(iter(shard.scaled.values())).shape[1] if shard.scaled else 1
+        for part in range(parts):
+            total = torch.zeros(len(shard.indices), displacements.shape[1], dtype=torch.float64)
+            for name in self._trained().keys() & shard.scaled.keys():
+                block = shard.scaled[name][:1].double()
+                projection.add(total, name, scale_orders(block, -shard.exponents)[0, part].cpu())
+            displacements[shard.indices] += total.numpy() * (1j if part else 1)
 
     def calibrate(
         self, batches: Any, retrained: Mapping[tuple[int, ...], nn.Module | Mapping[str, Tensor]], level: float = 0.9
@@ -295,8 +338,8 @@ class DeletionPredictor:
             )
         return torch.cat(values), torch.cat(blocks, dim=3)
 
-    def _run(self, tensors: dict[str, Tensor], batch: Any, lead: Lead) -> Tensor:
-        """Return the output on one batch, with the module's tensors replaced."""
+    def _run(self, tensors: dict[str, Tensor], batch: Any, lead: Lead | None) -> Tensor:
+        """Return the output on one batch, with the module's tensors replaced; differentiable if ``lead`` is None."""
         module, function, device = self.module, self._function, self._device
         buffers = dict(module.named_buffers())  # a batch may change them, but not for the next one
         tensors = {name: t.clone() if name in buffers else t for name, t in tensors.items()}
@@ -306,7 +349,7 @@ class DeletionPredictor:
             if function is None:
                 result = self._losses(tensors, batch, lead)
             else:
-                with torch.no_grad():
+                with torch.set_grad_enabled(lead is None):
                     result = call_with_tensors(Places(module), tensors, lambda: function(module, batch))
         if not isinstance(result, Tensor):
             raise ConfigurationError(f"`output` must return a tensor but returned {type(result).__name__}.")
@@ -317,12 +360,12 @@ class DeletionPredictor:
             )
         return result
 
-    def _losses(self, tensors: dict[str, Tensor], batch: Any, lead: Lead) -> Tensor:
+    def _losses(self, tensors: dict[str, Tensor], batch: Any, lead: Lead | None) -> Tensor:
         module: Any = self.module
         weighting = LossWeighting("auto", "batch")
         function = weighting.per_example(module)
         if function is not None:
-            with torch.no_grad():
+            with torch.set_grad_enabled(lead is None):
                 return call_with_tensors(Places(module), tensors, lambda: function(module, batch))
         size = batch_size(batch)
         if size is None:
@@ -333,16 +376,16 @@ class DeletionPredictor:
         # The loss is affine in the example weights: its gradient by them is the examples' shares, l_i = B dL/dw_i.
         floating = next(t for t in tensors.values() if t.dtype.is_floating_point)
         primal = torch.ones(size, dtype=floating.dtype, device=floating.device)
-        weights = wrap(primal, [None], lead, requires_grad=True)
+        weights = primal.requires_grad_() if lead is None else wrap(primal, [None], lead, requires_grad=True)
         step = module.training_step
         with torch.enable_grad():
-            frozen = {name: t.detach() for name, t in tensors.items()}
+            frozen = tensors if lead is None else {name: t.detach() for name, t in tensors.items()}
             args = arguments_of(step, batch, 0)
             weighted = call_with_tensors(Places(module), frozen, lambda: weighting(module, step, args, weights))
             loss = training_loss(weighted)
         if loss is None:
             raise ConfigurationError("`output='loss'`: `training_step` returned None for this batch.")
-        (gradient,) = torch.autograd.grad(loss, weights)
+        (gradient,) = torch.autograd.grad(loss, weights, create_graph=lead is None)
         return gradient * size
 
     def _check_parameter(self, name: str) -> None:

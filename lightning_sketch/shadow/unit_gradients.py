@@ -21,7 +21,7 @@ from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting
 from lightning_sketch.shadow.wrapping import arguments_of, own_training_step
 
-PROJECTION = 1024  # numbers kept for each unit and point unless said otherwise
+PROJECTION = 4096  # numbers kept for each unit and point unless said otherwise
 _LARGEST = 256 << 20  # bytes of the gradients of units that one pass carries
 
 
@@ -57,7 +57,7 @@ class CountSketch:
 
 def project_gradients(
     trainer: Any, module: Any, weighting: LossWeighting, unit_of_example: np.ndarray, projection: CountSketch
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Run the train dataset once through the module, in evaluation mode, without a trace.
 
     Args:
@@ -68,12 +68,14 @@ def project_gradients(
         projection: of the gradients.
 
     Returns:
-        The projected gradient of the sum of every unit's losses, float32 on the CPU, ``(n, m)``.
+        The mean of every unit's losses, ``(n,)``, and the projected gradient of their sum, ``(n, m)``; float32 on the
+        CPU.
 
     Raises:
         ConfigurationError: if the dataset cannot be read by rows, or the loss not be split into examples.
     """
     features = torch.zeros(count_units(unit_of_example), projection.size, dtype=torch.float64)
+    losses = torch.zeros(len(features), dtype=torch.float64)
     places, step = Places(module), own_training_step(module)
     params = places.params
     with quiet(places, module.device) as start:
@@ -95,8 +97,11 @@ def project_gradients(
                 record.loss, _ = replay(start, module, record, step, weighting, ones, tensors, _value)
                 verify_weighting(module, step, weighting, record, params)
             for some in _chunks(np.unique(units[units >= 0]), module):
-                features[some] += _of_units(start, module, weighting, record, some, projection).cpu()
-    return features.float()
+                of_units = _of_units(start, module, weighting, record, some, projection)
+                losses[some] += of_units[0].cpu()
+                features[some] += of_units[1].cpu()
+    counts = np.bincount(unit_of_example[unit_of_example >= 0], minlength=len(features))
+    return (losses / torch.from_numpy(counts).clamp(min=1)).float(), features.float()
 
 
 def _value(loss: Tensor) -> Tensor:
@@ -105,8 +110,8 @@ def _value(loss: Tensor) -> Tensor:
 
 def _of_units(
     start: Any, module: Any, weighting: LossWeighting, record: StepRecord, units: np.ndarray, projection: CountSketch
-) -> Tensor:
-    """The projected gradients of what is in one batch of these units, ``(U, m)``."""
+) -> tuple[Tensor, Tensor]:
+    """The losses of what is in one batch of these units, ``(U,)``, and their projected gradients, ``(U, m)``."""
     lead: Lead = (1, 1, len(units))
     params = dict(module.named_parameters())
     of_unit = record.units == torch.from_numpy(units).to(record.units.device)[:, None]
@@ -122,16 +127,19 @@ def _of_units(
         module.eval()
         return weighting(module, step, args, weights)
 
-    def differentiate(loss: Tensor) -> Sequence[Any]:
-        return torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    def differentiate(loss: Tensor) -> tuple[Tensor, Sequence[Any]]:
+        shares = loss.coefficients[0, 0] if type(loss) is JetTensor else torch.zeros(len(units))
+        return shares.detach().double(), torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
 
-    found, _ = replay(start, module, record, own_training_step(module), evaluated, weights, tensors, differentiate)
+    (losses, found), _ = replay(
+        start, module, record, own_training_step(module), evaluated, weights, tensors, differentiate
+    )
     total = torch.zeros(len(units), projection.size, dtype=torch.float64, device=ones.device)
     for name, gradient in zip(trained, found, strict=True):
         block = gradient.block if type(gradient) is JetTensor else None
         if block is not None:
             projection.add(total, name, block[0, 0] * len(record.units))
-    return total
+    return losses * len(record.units), total
 
 
 def _batches(trainer: Any, module: Any) -> Iterator[tuple[np.ndarray, Any]]:

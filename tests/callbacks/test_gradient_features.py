@@ -63,6 +63,14 @@ def gradients(module: pl.LightningModule) -> dict[str, np.ndarray]:
     return found
 
 
+def mean_losses(module: pl.LightningModule) -> list[float]:
+    """Of every unit, in evaluation mode, one example at a time."""
+    module.eval()
+    x, y = data().tensors
+    losses = [F.cross_entropy(module.net(x[i : i + 1]), y[i : i + 1]).item() for i in range(len(x))]
+    return [float(np.mean(np.array(losses)[unit == UNIT_OF_ROW])) for unit in range(4)]
+
+
 def projected(vectors: dict[str, np.ndarray], projection: CountSketch) -> np.ndarray:
     total = torch.zeros(4, projection.size, dtype=torch.float64)
     for name, v in vectors.items():
@@ -76,11 +84,13 @@ def test_features_are_projected_gradients(at: list[float], tmp_path: Path) -> No
     pl.seed_everything(1, verbose=False)
     start = Noisy()
     after, _ = fit(Noisy, [GradientFeatures(tmp_path, at, 64, units=UNITS)], loader(batch_size=5))
-    found = UnitFeatures.load(tmp_path, UNIT_OF_ROW).array
+    found = UnitFeatures.load(tmp_path, UNIT_OF_ROW)
     half, _ = fit(Noisy, [], loader(batch_size=5), epochs=1)
     modules = [start] if at == [0] else [half, after]
     expected = [projected(gradients(m), CountSketch(64, 0)) for m in modules]
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found.array, expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found.losses, [mean_losses(m) for m in modules], rtol=1e-6)
+    assert found.seed == 0
 
 
 def test_a_projection_keeps_inner_products() -> None:
@@ -112,9 +122,9 @@ def test_the_run_is_left_alone(design: str, tmp_path: Path) -> None:
 def test_points_are_fractions_of_the_optimizer_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
 
-    def count(trainer: Any, *args: Any) -> Tensor:
+    def count(trainer: Any, *args: Any) -> tuple[Tensor, Tensor]:
         taken.append(trainer.global_step)
-        return torch.zeros(4, 8)
+        return torch.zeros(4), torch.zeros(4, 8)
 
     monkeypatch.setattr(gradient_features, "project_gradients", count)
     fit(Classifier, [GradientFeatures(tmp_path, (0, 0.25, 0.5, 1), 8, units=UNITS)], epochs=4)
@@ -135,7 +145,7 @@ def test_directions_are_leading_eigenvectors(tmp_path: Path) -> None:
     assert directions.shape == (2, 4)
     assert not directions.imag.any()
     grams = [g @ g.T for g in features.astype(np.float64)]
-    kernel = sum(g @ np.linalg.inv(g + np.trace(g) / 4 * np.eye(4)) for g in grams)
+    kernel = sum(g @ np.linalg.inv(g + 3 * np.trace(g) / 4 * np.eye(4)) for g in grams)
     eigenvectors = np.linalg.eigh(kernel)[1][:, ::-1]
     overlap = np.abs(directions[:2].real @ eigenvectors[:, :2])
     np.testing.assert_allclose(overlap, np.eye(2), atol=1e-6)
@@ -246,11 +256,52 @@ def test_a_predictor_takes_features_of_its_own_units(tmp_path: Path) -> None:
     sketch, batch = Sketch.load(tmp_path / "s"), data(6).tensors
     effect = DeletionPredictor(sketch, Noisy(), features=tmp_path / "f").prepare(batch)
     features = UnitFeatures.load(tmp_path / "f", UNIT_OF_ROW).flattened()
-    kernel = KernelEstimator(sketch.directions, effect.coefficients.numpy(), features)
+    kernel = KernelEstimator(sketch.directions, effect.coefficients.numpy(), features, effect._influence)
     expected = kernel(np.eye(4), 1)[0][0]
     np.testing.assert_allclose(effect.delete_many(np.eye(4)).change, expected, rtol=1e-12)
-    np.testing.assert_array_equal(effect.reduce(torch.ones(6))._features, features)
+    reduced = effect.reduce(torch.arange(6.0))
+    np.testing.assert_array_equal(reduced._features, features)
+    np.testing.assert_allclose(reduced._influence.gradients, np.arange(6.0)[None] @ effect._influence.gradients)
     with pytest.raises(ConfigurationError, match="other units"):
         DeletionPredictor(sketch, Noisy(), features=tmp_path / "other")
     with pytest.raises(SketchError, match=FILE_NAME):
         DeletionPredictor(sketch, Noisy(), features=tmp_path / "none")
+
+
+@pytest.mark.parametrize("output", ["loss", "logits"])
+@pytest.mark.parametrize("design", ["sphere", "basis"])
+def test_a_predictor_projects_gradients_and_displacements(output: str, design: str, tmp_path: Path) -> None:
+    """Oracle: autograd on one example at a time, and the coefficients of each parameter as an output."""
+    features = GradientFeatures(tmp_path / "f", projection=32, units=UNITS, seed=5)
+    module, _ = fit(Noisy, [features, SketchCallback(tmp_path / "s", 3, 2, design=design, units=UNITS)])
+    sketch, batch = Sketch.load(tmp_path / "s"), data(6).tensors
+    wanted = output if output == "loss" else (lambda module, batch: module.net(batch[0]))
+    influence = DeletionPredictor(sketch, Noisy(), wanted, features=tmp_path / "f").prepare(batch)._influence
+    assert influence is not None
+    module.eval()
+    rows = []
+    for x, y in zip(*batch, strict=True):
+        logits = module.net(x[None])
+        for value in [F.cross_entropy(logits, y[None])] if output == "loss" else logits[0]:
+            found = torch.autograd.grad(value, list(module.parameters()), retain_graph=True)
+            rows.append({n: g.numpy() for (n, _), g in zip(module.named_parameters(), found, strict=True)})
+    projection = CountSketch(32, 5)
+
+    def project(vectors: dict[str, Tensor], count: int) -> np.ndarray:
+        total = torch.zeros(count, 32, dtype=torch.float64)
+        for name, v in vectors.items():
+            projection.add(total, name, v)
+        return total.numpy()
+
+    gradients = {n: torch.from_numpy(np.stack([row[n] for row in rows])) for n in rows[0]}
+    np.testing.assert_allclose(influence.gradients, project(gradients, len(rows)), rtol=1e-9, atol=1e-12)
+    moved = {
+        n: DeletionPredictor(sketch, Noisy(), f"parameter:{n}").prepare().coefficients[0]
+        for n, _ in module.named_parameters()
+    }
+    count = sketch.num_directions
+    expected = project({n: m.real for n, m in moved.items()}, count) + 1j * project(
+        {n: m.imag for n, m in moved.items()}, count
+    )
+    np.testing.assert_allclose(influence.displacements, expected, rtol=1e-9, atol=1e-12)
+    assert np.abs(expected.imag).max() > 1e-6 or design == "basis"
