@@ -9,30 +9,20 @@
 """
 
 import argparse
-import copy
 import logging
 import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import matplotlib.pyplot as plt
-import numpy as np
-import torch
-import torch.nn.functional as F
-from models import QUIET
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.utils.data import DataLoader, TensorDataset
+from studies import digits
 
-from lightning_sketch import DeletionPredictor, GradientFeatures, Sketch, SketchCallback, StableAdamW
+from lightning_sketch import DeletionPredictor, GradientFeatures, Sketch, SketchCallback
 from lightning_sketch.metrics import IntervalCoverage, LinearDatamodelingScore, RelativeChangeError
 
-TRAIN, TEST, BATCH = 1000, 200, 50
 SIZES = (1, 5, 20, 100)
+PROJECTION = 4096
 # name -> (design, whether its directions or its prior need the gradients of a pilot run, estimator)
 CASES = {
     "sphere, mean": ("sphere", None, "mean"),
@@ -42,98 +32,6 @@ CASES = {
     "gradient of a pilot": ("gradient", "design", "kernel"),
     "gradient of a pilot, and common": ("gradient+common", "design", "kernel"),
 }
-
-
-class Net(pl.LightningModule):
-    """Two layers, and a record of the batches that it saw."""
-
-    def __init__(self, optimizer: str, steps: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-        self.optimizer, self.steps = optimizer, steps
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> Any:
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-        optimizer = StableAdamW(self.parameters(), lr=0.01, betas=(0.85, 0.99), eps=1e-3, weight_decay=0)
-        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / self.steps)
-        return [optimizer], [{"scheduler": decay, "interval": "step"}]
-
-
-class Batches(pl.Callback):
-    """The rows of every batch."""
-
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self.rows.append(batch[2].clone())
-
-
-class Study:
-    """The data, the run and the truths."""
-
-    def __init__(self, optimizer: str, epochs: int, num_sets: int) -> None:
-        inputs, targets = load_digits(return_X_y=True)
-        order = np.random.default_rng(0).permutation(len(inputs))[: TRAIN + TEST]
-        x, y = torch.tensor(inputs[order] / 16), torch.tensor(targets[order])
-        self.train = TensorDataset(x[:TRAIN], y[:TRAIN], torch.arange(TRAIN))
-        self.test = x[TRAIN:], y[TRAIN:]
-        self.optimizer, self.epochs = optimizer, epochs
-        self.steps = epochs * TRAIN // BATCH
-        batches = Batches()
-        self.fit(batches)
-        rng = np.random.default_rng(1)
-        self.sets = {size: np.zeros((num_sets, TRAIN)) for size in SIZES}
-        for size, deleted in self.sets.items():
-            for row in deleted:
-                row[rng.choice(TRAIN, size, replace=False)] = 1
-        x_all = np.concatenate([np.zeros((1, TRAIN)), *self.sets.values()])
-        losses = self.retrain(torch.from_numpy(x_all), batches.rows)
-        self.truth = dict(zip(SIZES, (losses[1:] - losses[0]).reshape(len(SIZES), num_sets, TEST), strict=True))
-
-    def fit(self, *callbacks: pl.Callback) -> Net:
-        """The run, always the same."""
-        pl.seed_everything(0, verbose=False)
-        module = Net(self.optimizer, self.steps)
-        trainer = pl.Trainer(
-            max_epochs=self.epochs, accelerator="cpu", precision="64-true", callbacks=list(callbacks), **QUIET
-        )
-        trainer.fit(module, DataLoader(self.train, batch_size=BATCH, shuffle=True))
-        return module
-
-    def retrain(self, x: Tensor, batches: list[Tensor]) -> Tensor:
-        """Train once for each row of deletion weights, all together; return the test losses, ``(D, TEST)``."""
-        pl.seed_everything(0, verbose=False)
-        module = Net(self.optimizer, self.steps).double()
-        params = {n: p.detach().expand(len(x), *p.shape).clone() for n, p in module.named_parameters()}
-        flat = [torch.nn.Parameter(p) for p in params.values()]
-        twin = copy.copy(module)
-        twin.parameters = lambda *_, **__: iter(flat)  # type: ignore[method-assign]
-        made = twin.configure_optimizers()
-        optimizer, scheduler = (made, None) if self.optimizer == "sgd" else (made[0][0], made[1][0]["scheduler"])
-
-        def losses(p: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(functional_call(module.net, p, (inputs,)), targets, reduction="none")
-
-        def loss(p: dict[str, Tensor], weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-            return (losses(p, inputs, targets) * weights).mean()
-
-        def named() -> dict[str, Tensor]:
-            return {n.removeprefix("net."): p.detach() for n, p in zip(params, flat, strict=True)}
-
-        for rows in batches:
-            inputs, targets, _ = self.train[rows]
-            gradients = vmap(grad(loss), in_dims=(0, 0, None, None))(named(), 1 - x[:, rows], inputs, targets)
-            for p, g in zip(flat, gradients.values(), strict=True):
-                p.grad = g
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-        return vmap(losses, in_dims=(0, None, None))(named(), *self.test)
 
 
 def main() -> None:
@@ -152,14 +50,14 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     counts = [8, 16] if given.quick else given.directions
     start = time.perf_counter()
-    study = Study(given.optimizer, 2 if given.quick else 30, 10 if given.quick else 50)
+    study = digits(given.optimizer, 2 if given.quick else 30, 10 if given.quick else 50)
     print(f"{4 * len(study.sets[1])} retrainings, all at once: {time.perf_counter() - start:.0f} s.\n")
     scores: dict[str, list[tuple[int, list[float], list[float]]]] = {}
     print("| case | measurements | " + " | ".join(f"LDS {s} / error / coverage" for s in SIZES) + " | run |")
     print("|---|---|" + "---|" * (len(SIZES) + 1))
     with tempfile.TemporaryDirectory() as directory:
         pilot = Path(directory) / "pilot"
-        study.fit(GradientFeatures(pilot))
+        study.fit(GradientFeatures(pilot, projection=PROJECTION))
         for case in given.cases:
             design, gradients, estimator = CASES[case]
             for measurements in counts:

@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_sketch.directions import resolve_units, units_checksum
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.features import UnitFeatures
-from lightning_sketch.shadow.unit_gradients import PROJECTION, CountSketch, project_gradients
+from lightning_sketch.shadow.unit_gradients import CountSketch, project_gradients
 from lightning_sketch.shadow.weighting import LossWeighting, PerExampleLoss
 from lightning_sketch.shadow.wrapping import check_start, check_trainer, count_examples
 
@@ -44,7 +44,7 @@ class GradientFeatures(pl.Callback):
         self,
         dirpath: str | os.PathLike[str],
         at: Sequence[float] = (0.125, 0.25, 0.5, 1.0),
-        projection: int = PROJECTION,
+        projection: int = 1024,
         *,
         units: Sequence[int] | None = None,
         loss: Literal["auto"] | PerExampleLoss = "auto",
