@@ -184,7 +184,7 @@ def sketch_rows(study: Study, directory: Path, cases: Cases) -> dict[str, Cost]:
     """Print a row for each sketch and return its cost."""
     costs = {}
     start = time.process_time()
-    study.fit(GradientFeatures(directory / "features"))
+    study.fit(GradientFeatures(directory / "features", projection=4096))
     pilot = time.process_time() - start
     for label, (design, directions, degree) in cases.items():
         dirpath, informed = directory / f"sketch-{len(costs)}", design == "gradient"
