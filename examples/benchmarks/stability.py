@@ -146,12 +146,12 @@ def row(study: Study, cell: Cell) -> tuple[bool, bool]:
     kinks = cell[1] == "ReLU"
     trusted = 0 if kinks else whole.trusted_units()
     at, four = study.errors(cell, (max(1, trusted), min(4 * max(1, trusted), UNITS - 1)))
-    within = at <= TOLERANCE if trusted else at > TOLERANCE  # trusting none is right where one is too many
-    right = within and (four > TOLERANCE or whole.growth <= 0)
+    right = (not trusted or at <= TOLERANCE) and (four > TOLERANCE or whole.growth <= 0)
+    verdict = ("too careful" if not trusted and at <= TOLERANCE else "yes") if right else "no"
     agree = (window > 0) == (whole.growth > 0)
     print(
         f"| {' | '.join(cell)} | {whole.growth:+.2f} | {window:+.2f} | {trusted} | {at:.2g} | {four:.2g} | "
-        f"{study.metasmoothness(cell):.3f} | {'yes' if right else 'no'} | {'yes' if agree else 'no'} |",
+        f"{study.metasmoothness(cell):.3f} | {verdict} | {'yes' if agree else 'no'} |",
         flush=True,
     )
     return right, agree
