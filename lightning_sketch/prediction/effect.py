@@ -347,6 +347,22 @@ class Effect:
         """
         return queries.most_influential(self._of(of), m, toward, estimator, degree)
 
+    def plot_ray(
+        self, units: Sequence[int], of: str | Tensor = "mean", ax: "Axes | None" = None, **options: Any
+    ) -> "tuple[Figure, Axes]":
+        """Draw the output predicted while units lose more and more of their weight; returns figure and axes.
+
+        Args:
+            units: as in :meth:`delete`.
+            of: as in :meth:`most_influential`.
+            ax: axes to draw on; ``None`` makes a figure.
+            options: ``degrees``, ``estimator``, ``fractions`` and ``truth`` of
+                :func:`~lightning_sketch.plotting.plot_deletion_ray`.
+        """
+        from lightning_sketch.plotting import plot_deletion_ray
+
+        return plot_deletion_ray(self, units, of, ax=ax, **options)
+
     @cached_property
     def _mean(self) -> "Effect":
         return self.reduce(torch.full_like(self.baseline, 1 / max(1, self.baseline.numel())))

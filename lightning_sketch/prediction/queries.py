@@ -14,6 +14,9 @@ from torch import Tensor
 from lightning_sketch.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
     from lightning_sketch.prediction.effect import Effect
 
 
@@ -54,6 +57,12 @@ class Ranking:
     raising: RankedUnits
     lowering: RankedUnits
 
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the change of every unit's deletion, with 95 % intervals; returns figure and axes."""
+        from lightning_sketch.plotting import plot_influential_units
+
+        return plot_influential_units(self, ax)
+
     def __repr__(self) -> str:
         return (
             f"deletions that raise the output most\n{self.raising!r}\ndeletions that lower it most\n{self.lowering!r}"
@@ -75,6 +84,12 @@ class InfluentialSet:
     change: Tensor
     stderr: Tensor
     truncation: Tensor
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the change as one unit more and more is deleted, with 95 % intervals; returns figure and axes."""
+        from lightning_sketch.plotting import plot_influential_units
+
+        return plot_influential_units(self, ax)
 
     def __repr__(self) -> str:
         return _table(["and unit"], self)

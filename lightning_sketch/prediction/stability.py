@@ -1,12 +1,17 @@
 """How fast the Taylor terms of an output fall with their order, and how large a deletion may be while they do."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import gammaln
 
 from lightning_sketch.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TOLERANCE = 0.1
 # Share of a direction's square that lies along the common mode, from which on it measures that mode
@@ -94,6 +99,12 @@ class StabilityProfile:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.error(middle) <= tolerance else (low, middle - 1)
         return low
+
+    def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+        """Draw ``log2 ||F_r||`` over the orders; returns figure and axes."""
+        from lightning_sketch.plotting import plot_stability_profile  # drawing is optional, so its room loads on demand
+
+        return plot_stability_profile(self, ax)
 
     def __repr__(self) -> str:
         norms = ", ".join(f"{norm:.1f}" for norm in self.log2_norms[:4])
