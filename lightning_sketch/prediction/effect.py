@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Share of the second order's prior variance that must be measured: below it the prior alone makes the standard error.
+LEAST_MEASURED = 0.25
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
@@ -43,7 +46,8 @@ class Prediction:
             (:func:`~lightning_sketch.prediction.tail.tail`).
         reliable: bool, ``()`` or ``(m,)``: one answer for all outputs of a deletion. False if the prediction's error
             may be as large as what the orders above the first change: the deletion is too large for the series, or the
-            directions are too few. Retrain then. A prediction of degree 1 can not know, and is never reliable.
+            directions are too few; or if the directions hardly measure the second order of this deletion. Retrain then.
+            A prediction of degree 1 can not know, and is never reliable.
         resummed: ``(*out)``, ``value`` plus an estimate of the next order where the terms allow one
             (:func:`~lightning_sketch.prediction.tail.resum`), else ``value``. Closer to the truth for slowly converging
             series of many outputs; ``value`` is the plain sum, exact for a polynomial of the sketch's degree.
@@ -396,6 +400,8 @@ class Effect:
         terms, stderr = self._estimators[key].by_degree(x, int(degree))
         profile = np.sqrt(np.mean(np.abs(self._flat[int(degree) - 1]) ** 2, axis=0))
         truncation, reliable = tail(terms, np.diff(stderr, axis=0, prepend=0).clip(0), profile)
+        if degree > 1:
+            reliable &= self._estimators[key].measured(x) >= LEAST_MEASURED
         change = terms.sum(axis=0)
 
         def tensor(array: np.ndarray, *leading: int) -> Tensor:

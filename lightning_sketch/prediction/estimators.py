@@ -53,6 +53,17 @@ class Estimator(ABC):
             degree: highest order used.
         """
 
+    def measured(self, x: np.ndarray) -> np.ndarray:
+        """Return how far standard errors of the second order rest on measurements and not on a prior, in 0 to 1.
+
+        Args:
+            x: ``(m, n)`` float64, one deletion per row.
+
+        Returns:
+            ``(m,)``; 1 for estimators without a prior.
+        """
+        return np.ones(len(x))
+
     def __call__(self, x: np.ndarray, degree: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the terms, ``(degree, m, O)``, and the standard error of their whole sum, ``(m, O)``."""
         terms, stderr = self.by_degree(x, degree)
@@ -323,10 +334,9 @@ class KernelEstimator(Estimator):
     def _term(self, unit: np.ndarray, norms: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the term of order ``r`` of the deletions ``norms * unit`` and its standard error, ``(m, O)``."""
         order = self._order(r)
-        known, asked = self._vectors(order.prior), _Vectors(unit, self._used(order.prior))
+        asked = _Vectors(unit, self._used(order.prior))
         sizes = norms * asked.sizes(order.prior)[:, None]  # sqrt(x . M x)
-        k = _measurements(_Pairs(known, asked, r).kernel(order.prior))[order.rows]
-        z = _matmul(k.T, order.whitener.T)
+        z = self._whitened(asked, r)
         term = _times_power(_matmul(z, order.whitened), sizes, r)
         if order.weights is not None:
             term += _times_power(self._mean(unit, r, order.weights), norms, r)
@@ -334,6 +344,21 @@ class KernelEstimator(Estimator):
         left = prior - np.einsum("mp,mp->m", z, z)
         left[left < _ROUNDING * prior] = 0
         return term, _times_power(np.sqrt(left)[:, None] * order.scale, sizes, r)
+
+    def measured(self, x: np.ndarray) -> np.ndarray:
+        """Return the share of the second order's prior variance that the directions explain, ``(m,)``."""
+        norms = np.linalg.norm(x, axis=1)[:, None]
+        prior = self._order(2).prior
+        asked = _Vectors(x / np.where(norms > 0, norms, 1), self._used(prior))
+        z, variance = self._whitened(asked, 2), asked.variance(prior, 2)
+        explained: np.ndarray = np.einsum("mp,mp->m", z, z) / np.where(variance > 0, variance, 1)
+        return np.where(variance > 0, explained, 1.0)
+
+    def _whitened(self, asked: "_Vectors", r: int) -> np.ndarray:
+        """Return ``whitener @ k`` for the covariances ``k`` of deletions with the measurements, ``(m, p)``."""
+        order = self._order(r)
+        k = _measurements(_Pairs(self._vectors(order.prior), asked, r).kernel(order.prior))[order.rows]
+        return _matmul(k.T, order.whitener.T)
 
     def _order(self, r: int) -> _Order:
         if r not in self._orders:

@@ -252,3 +252,20 @@ def test_factors_are_made_once_per_order_and_only_when_asked(monkeypatch):
     effect.delete([1])
     effect.delete_many([[0], [2]])
     assert made == [1, 2, 3]
+
+
+def test_what_directions_hardly_measure_is_not_reliable() -> None:
+    """Oracle: a quadratic function with more second order in the deletion than random directions show."""
+    n, members = 200, np.arange(20)
+    generator = np.random.default_rng(1)
+    gradient, noise = 0.003 * generator.normal(size=n), generator.normal(size=(n, n))
+    gradient[members] += 0.013
+    deleted = np.zeros(n)
+    deleted[members] = 1
+    hessian = 0.0005 * np.outer(deleted, deleted) + 0.002 * np.eye(n) + 0.00025 * (noise + noise.T)
+    psi = make_directions(100, "orthonormal", n, seed=1).array
+    coefficients = np.stack([psi @ gradient, np.einsum("ka,ab,kb->k", psi, hessian, psi), np.zeros(100)])
+    p = Effect(torch.zeros(()).double(), torch.from_numpy(coefficients), psi, np.arange(n)).delete(members.tolist())
+    missed = gradient @ deleted + deleted @ hessian @ deleted - float(p.change)
+    assert missed > 10 * float(p.stderr)
+    assert not p.reliable
