@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_sketch.callbacks._carrying import CarriesJets, check_count
+from lightning_sketch.callbacks._figures import log_figure
 from lightning_sketch.callbacks.sketch import SketchCallback
 from lightning_sketch.directions import Directions, plain_steps, random_signs
 from lightning_sketch.errors import ConfigurationError
@@ -26,6 +28,10 @@ from lightning_sketch.shadow.record import StepRecord, TrackedTensors
 from lightning_sketch.shadow.update import OptimizerSnapshot
 from lightning_sketch.shadow.weighting import Normalization, PerExampleLoss, training_loss
 from lightning_sketch.shadow.wrapping import arguments_of, own_training_step, piecewise_linear
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FIRST = 10  # optimizer steps after which whole runs are measured for the first time
 SHOWN = 3  # parameters that a warning names
@@ -87,6 +93,8 @@ class StabilityMonitor(CarriesJets):
         ids: as in :class:`SketchCallback`.
         normalization: as in :class:`SketchCallback`.
         seed: of the sign patterns.
+
+    At the end of training the profile and its course are logged as figures, where a logger takes them.
 
     Beside a :class:`SketchCallback` the degree, the units and the directions are that one's, and ``window``,
     ``probes``, ``degree``, ``units``, ``loss``, ``ids``, ``normalization`` and ``seed`` are not used.
@@ -304,6 +312,30 @@ class StabilityMonitor(CarriesJets):
                 self._warned = True
                 self._explain(trainer, module, found, trusted)
         self._changed_values = True
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called at the regular end of training: gives figures to the loggers that take them."""
+        if not self.history or not trainer.loggers or find_spec("matplotlib") is None:
+            return
+        from matplotlib.figure import Figure  # not those of pyplot, which a user may be showing
+
+        for key, draw in (("stability/profile", self.history[-1].profile.plot), ("stability/sensitivity", self.plot)):
+            figure = Figure(layout="constrained")
+            draw(figure.subplots())
+            log_figure(trainer, key, figure, trainer.global_step)
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw ``log2 ||F_r||`` of every order over training; returns figure and axes.
+
+        Raises:
+            ConfigurationError: nothing has been measured yet.
+        """
+        from lightning_sketch.plotting import plot_sensitivity
+
+        if not self.history:
+            raise ConfigurationError("`plot` has nothing to draw: fit a Trainer with this callback first.")
+        return plot_sensitivity([m.step for m in self.history], [m.profile for m in self.history], ax)
 
     def _output(self, validation_batch: Any) -> Callable[[Any, tuple[Any, ...]], Tensor]:
         if self.output == "val_loss":

@@ -214,6 +214,8 @@ def test_three_loggers_under_accumulation(tmp_path: Path, monkeypatch: pytest.Mo
     assert [e.step for e in events.Scalars("train_loss")] == [0, 1, 2, 3, 4, 5]
     client, run = loggers[2].experiment, loggers[2].run_id
     history = client.get_metric_history(run, "stability/spread")
+    assert set(events.Tags()["images"]) == {"stability/profile", "stability/sensitivity"}
+    assert {f.path for f in client.list_artifacts(run, "stability")} == {"stability/profile", "stability/sensitivity"}
     assert [m.step for m in history] == [1, 2, 3, 4, 5]
     assert history[-1].value == pytest.approx(last.profile.spread, rel=1e-5)
 
@@ -451,3 +453,14 @@ def test_fast_dev_run() -> None:
     monitor = StabilityMonitor()
     train(monitor, fast_dev_run=True)
     assert [m.step for m in monitor.history] == [1]
+
+
+def test_its_figure() -> None:
+    monitor = StabilityMonitor(3, 2, degree=2)
+    with pytest.raises(ConfigurationError, match="`plot` has nothing to draw"):
+        monitor.plot()
+    train(monitor, epochs=3)
+    _, ax = monitor.plot()
+    drawn = {str(line.get_label()): line for line in ax.get_lines()}
+    assert drawn["order 2"].get_xdata().tolist() == [m.step for m in monitor.history] == [2, 5, 8]
+    assert drawn["order 2"].get_ydata().tolist() == [m.profile.log2_norms[1] for m in monitor.history]
