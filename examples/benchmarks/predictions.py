@@ -13,11 +13,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from models import QUIET
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -89,6 +91,24 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
 
+def sketched(
+    model: pl.LightningModule,
+    loader: DataLoader,
+    epochs: int,
+    test: Any,
+    setting: Setting,
+    units: np.ndarray,
+    seed: int,
+    output: Any = "loss",
+) -> Effect:
+    """Train with a sketch; return the effect of deletions on the output."""
+    with tempfile.TemporaryDirectory() as directory:
+        callback = SketchCallback(directory, setting.directions, 3, design=setting.design, units=units, seed=seed)
+        trainer = pl.Trainer(max_epochs=epochs, precision="64-true", accelerator="cpu", callbacks=[callback], **QUIET)
+        trainer.fit(model, loader)
+        return DeletionPredictor(Sketch.load(directory), model, output).prepare(test)
+
+
 class Study:
     """One sketched run, and retraining of any deletions.
 
@@ -110,23 +130,8 @@ class Study:
         loader = DataLoader(
             TensorDataset(*self.train, torch.arange(TRAIN)), batch_size=BATCH, shuffle=True, drop_last=True
         )
-        with tempfile.TemporaryDirectory() as directory:
-            callback = SketchCallback(
-                f"{directory}/sketch", setting.directions, 3, design=setting.design, units=self.units, seed=seed
-            )
-            trainer = pl.Trainer(
-                max_epochs=EPOCHS,
-                precision="64-true",
-                accelerator="cpu",
-                callbacks=[callback],
-                logger=False,
-                enable_progress_bar=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(self.model, loader)
-            predictor = DeletionPredictor(Sketch.load(f"{directory}/sketch"), self.model)
-            self.effect: Effect = predictor.prepare((*self.test, torch.arange(len(self.test[1]))))
+        test = (*self.test, torch.arange(len(self.test[1])))
+        self.effect = sketched(self.model, loader, EPOCHS, test, setting, self.units, seed)
 
     def random_deletions(self, size: int, count: int) -> np.ndarray:
         """Return deletion weights ``(count, UNITS)``: every unit once for size 1, random sets else."""
@@ -192,32 +197,11 @@ class NamesStudy:
         pl.seed_everything(seed, verbose=False)
         self.model = MicroGPT(steps=len(self.batches)).double()
         self.initial = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        with tempfile.TemporaryDirectory() as directory:
-            callback = SketchCallback(
-                f"{directory}/sketch", setting.directions, 3, design=setting.design, units=self.units, seed=seed
-            )
-            trainer = pl.Trainer(
-                max_epochs=1,
-                precision="64-true",
-                accelerator="cpu",
-                callbacks=[callback],
-                logger=False,
-                enable_progress_bar=False,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(self.model, DataLoader(NamesDataset(train), NAMES_BATCH, collate_fn=collate_names))
-            predictor = DeletionPredictor(Sketch.load(f"{directory}/sketch"), self.model, name_losses)
-            self.effect: Effect = predictor.prepare(self.test)
+        loader = DataLoader(NamesDataset(train), NAMES_BATCH, collate_fn=collate_names)
+        self.effect = sketched(self.model, loader, 1, self.test, setting, self.units, seed, name_losses)
 
     random_deletions = Study.random_deletions
-
-    def true_changes(self, x: np.ndarray) -> np.ndarray:
-        """Return the changes of the test losses, ``(len(x), tests)``, on retraining with deletion weights ``x``."""
-        everything = np.concatenate([x, np.zeros((1, UNITS))])
-        weights = torch.as_tensor(1 - everything)[:, torch.as_tensor(self.units)]
-        losses = torch.cat([self._retrain(part) for part in weights.split(RETRAIN_TOGETHER)])
-        return (losses[:-1] - losses[-1]).numpy()
+    true_changes = Study.true_changes
 
     def _retrain(self, weights: Tensor) -> Tensor:
         def call(parameters: dict[str, Tensor], tokens: Tensor) -> Tensor:
