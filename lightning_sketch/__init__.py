@@ -4,7 +4,13 @@ Callbacks carry higher-order Taylor coefficients along an unchanged ``Trainer.fi
 any deletion is predicted in milliseconds. Method: Gunn, *How to sketch a learning algorithm* (arXiv 2604.07328).
 """
 
-from lightning_sketch.callbacks import GradientFeatures, Reweight, SketchCallback, StabilityMonitor
+from lightning_sketch.callbacks import (
+    GradientFeatures,
+    GradientRestriction,
+    Reweight,
+    SketchCallback,
+    StabilityMonitor,
+)
 from lightning_sketch.errors import (
     ConfigurationError,
     FidelityError,
@@ -25,6 +31,7 @@ __all__ = [
     "DeletionPredictor",
     "FidelityError",
     "GradientFeatures",
+    "GradientRestriction",
     "InstabilityError",
     "LightningSketchError",
     "MemoryShortageError",

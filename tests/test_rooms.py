@@ -10,6 +10,7 @@ import lightning_sketch.influence
 import lightning_sketch.jets
 import lightning_sketch.metrics
 import lightning_sketch.prediction
+import lightning_sketch.unlearning
 
 PACKAGE = Path(lightning_sketch.__file__).parent
 # Data flows down: a module imports only from rooms above its own.
@@ -24,6 +25,7 @@ ROOMS = [
     "prediction",
     "influence",
     "metrics",
+    "unlearning",
     "plotting",
     "callbacks",
     "__init__",
@@ -66,6 +68,7 @@ def test_modules_import_only_from_rooms_above(path):
         lightning_sketch.prediction,
         lightning_sketch.influence,
         lightning_sketch.metrics,
+        lightning_sketch.unlearning,
     ],
 )
 def test_public_names_exist_and_are_documented(module):

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_sketch import Reweight, SketchCallback, StabilityMonitor, StableAdamW
+from lightning_sketch import GradientRestriction, Reweight, SketchCallback, StabilityMonitor, StableAdamW
 from lightning_sketch.callbacks.stability import Measurement
 from lightning_sketch.errors import LightningSketchError
 
@@ -269,6 +269,11 @@ def monitored(folder: Path) -> None:
         torch.save((numbers(callback.history), logged), folder / f"{window}-{RANK}.pt")
 
 
+def restricted(folder: Path) -> None:
+    module = fit(Momentum, [GradientRestriction(0.3)], loader(), accumulate_grad_batches=2, **DDP)[0]
+    torch.save(tensors(module), folder / f"final-{RANK}.pt")
+
+
 class told:
     """Writes down the error that its block raises."""
 
@@ -300,6 +305,7 @@ CASES = [
     communicating,
     synchronized_batch_norm,
     monitored,
+    restricted,
 ]
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Lightning callbacks: carry a sketch along training, record gradient features, or really train without some units."""
+"""Lightning callbacks: carry a sketch along training, or change the training itself."""
 
 from lightning_sketch.callbacks.gradient_features import GradientFeatures
+from lightning_sketch.callbacks.gradient_restriction import GradientRestriction
 from lightning_sketch.callbacks.reweight import Reweight
 from lightning_sketch.callbacks.sketch import SketchCallback
 from lightning_sketch.callbacks.stability import StabilityMonitor
 
-__all__ = ["GradientFeatures", "Reweight", "SketchCallback", "StabilityMonitor"]
+__all__ = ["GradientFeatures", "GradientRestriction", "Reweight", "SketchCallback", "StabilityMonitor"]

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_sketch import ConfigurationError, Sketch, SketchCallback
+from lightning_sketch import ConfigurationError, GradientRestriction, Sketch, SketchCallback
 from lightning_sketch.shadow.ranks import Ranks
 from lightning_sketch.shadow.wrapping import check_optimizers, check_trainer
 
@@ -170,6 +170,20 @@ def test_the_run_is_unchanged(runs: Path, rank: int) -> None:
     ours, theirs = (torch.load(folder / f"{name}-{rank}.pt") for name in ("with", "without"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (folder / "with" / "metrics.csv").read_text() == (folder / "without" / "metrics.csv").read_text()
+
+
+def test_gradients_are_restricted_on_each_process(runs: Path) -> None:
+    """Oracle: one process that accumulates the batches of both."""
+    together = Together(3)
+    batches = [part for _ in range(2) for rows in together for part in (rows[:3], rows[3:])]
+    loader = DataLoader(data(script.EXAMPLES), batch_sampler=batches)
+    one, _ = fit(script.Momentum, [GradientRestriction(0.3)], loader, epochs=1, accumulate_grad_batches=4)
+    plain, _ = fit(script.Momentum, [], loader, epochs=1, accumulate_grad_batches=4)
+    expected, without = script.tensors(one), script.tensors(plain)
+    for rank in range(2):
+        found = torch.load(runs / "restricted" / f"final-{rank}.pt")
+        assert_equal(found, expected, 1e-13)
+        assert all(not torch.allclose(found[name], without[name], rtol=1e-3) for name in found)
 
 
 def test_resumed_by_two_processes(runs: Path) -> None:
