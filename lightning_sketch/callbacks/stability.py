@@ -249,6 +249,11 @@ class StabilityMonitor(CarriesJets):
             self._seen += [record.units for record in records]
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        """Called where a checkpoint is saved: the coefficients of a whole run. A window that is interrupted is lost."""
+        return super().state_dict() if self.window is None else {}
+
+    @override
     def _lost(self) -> str:
         self._values.update({"stability/growth": math.inf, "stability/trusted_units": 0.0})
         self._changed_values = True
@@ -271,6 +276,8 @@ class StabilityMonitor(CarriesJets):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.global_step >= self._until:
             self._measure(trainer, pl_module)
+            if self.window is not None:
+                self._close()
             self._until = self._next(trainer.global_step)
         if self._values and (self._changed_values or batch_idx == 0):  # Lightning keeps them until the epoch ends
             shown = ("stability/growth", "stability/trusted_units")
@@ -296,8 +303,6 @@ class StabilityMonitor(CarriesJets):
             growing=fastest(norms, directions),
         )
         self.history.append(found)
-        if self.window is not None and self._beside is None:
-            self._close()
         profile = found.profile
         self._values = {
             **{f"stability/log2_norm_order_{r}": float(norm) for r, norm in enumerate(profile.log2_norms, 1)},

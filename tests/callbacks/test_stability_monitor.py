@@ -274,6 +274,27 @@ def test_a_validation_loss_that_is_returned_or_missing() -> None:
         fit(Smooth, [whole(output="val_loss")])
 
 
+def test_a_window_before_the_first_validation_is_not_measured() -> None:
+    monitor = StabilityMonitor(4, 2, degree=1, output="val_loss")
+    followed: list[bool] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            followed.append(monitor._following)
+
+    val = torch.utils.data.DataLoader(data(8, seed=5), 4)
+    train(monitor, Watch(), val=val, epochs=3, num_sanity_val_steps=0)
+    assert [m.step for m in monitor.history] == [6]
+    assert followed == [True, False, False, False, True, False, False, False, True]
+
+
+def test_checkpoints_hold_nothing_of_windows(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    train(StabilityMonitor(4, 3, degree=1), saving, epochs=2, enable_checkpointing=True)
+    for path in tmp_path.glob("*.ckpt"):
+        assert "StabilityMonitor" not in torch.load(path, weights_only=True)["callbacks"]
+
+
 class Dropout(Smooth):
     """Random numbers in the step, and running statistics."""
 
