@@ -13,6 +13,7 @@ from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.prediction.effect import Effect, Prediction
 from lightning_sketch.prediction.queries import InfluentialSet, RankedUnits, Ranking
 from lightning_sketch.prediction.stability import StabilityProfile
+from lightning_sketch.unlearning.audit import AuditReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -244,6 +245,38 @@ def plot_influential_units(found: Ranking | InfluentialSet, ax: "Axes | None" = 
     ax.invert_yaxis()
     ax.set_xlabel("predicted change of the output (in its units), 95 % interval")
     ax.set_ylabel("deleted unit" if isinstance(found, Ranking) else "deleted units, one more a row")
+    return figure, ax
+
+
+def plot_audit(report: AuditReport, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+    """Draw the mean losses of an audit's models on the forget, retain and test sets, on a logarithmic axis.
+
+    Args:
+        report: of :func:`~lightning_sketch.unlearning.audit`.
+        ax: axes to draw on; ``None`` makes a figure.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    figure, ax = _axes(ax)
+    sets = ("forget", "retain", "test")
+    for series, (model, values) in enumerate(report.values.items()):
+        losses = [values[f"{name}_loss"] for name in sets]
+        ax.errorbar(
+            np.arange(len(sets)) + 0.15 * (series - 1.5),
+            [loss.value for loss in losses],
+            yerr=[[loss.value - loss.low for loss in losses], [loss.high - loss.value for loss in losses]],
+            fmt="osD^"[series],
+            markersize=5,
+            color=("0.6", "0.1", "0.3", "0.75")[series],
+            ecolor="0.65",
+            label={"reference": report.reference, "random": "random perturbation"}.get(model, model),
+        )
+    ax.set_yscale("log")
+    ax.set_xticks(range(len(sets)), [f"{name} ({report.sizes[name]})" for name in sets])
+    ax.set_ylabel("mean loss (nats)")
+    ax.set_title(f"audit: {report.verdict}")
+    ax.legend(frameon=False)
     return figure, ax
 
 

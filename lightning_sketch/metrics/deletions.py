@@ -3,36 +3,17 @@
 All arithmetic is float64, whatever the dtype of the inputs. Each metric has ``plot``, for one value or a list of them.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from lightning_sketch.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from lightning_sketch.metrics.plotted import PlottedMetric
 
 
-class _DeletionMetric(Metric):
-    full_state_update = False
-
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
-        """Draw values of the metric; returns figure and axes.
-
-        Args:
-            val: what ``compute`` or ``forward`` returned, or a list of such values in the order of time; ``None``
-                computes the metric.
-            ax: axes to draw on; ``None`` makes a figure.
-        """
-        return self._plot(val, ax)  # type: ignore[return-value]
-
-
-class LinearDatamodelingScore(_DeletionMetric):
+class LinearDatamodelingScore(PlottedMetric):
     """Linear datamodeling score (LDS): rank correlation over deletions of predicted and true outputs.
 
     For each output, Spearman's ``rho`` over the ``m`` deletions; ties have their average rank (Park et al., *TRAK:
@@ -105,7 +86,7 @@ class LinearDatamodelingScore(_DeletionMetric):
         return rho.nan_to_num(0)[t.any(0)].mean()
 
 
-class RelativeChangeError(_DeletionMetric):
+class RelativeChangeError(PlottedMetric):
     """Relative error of predicted changes: ``||predicted - true|| / ||true||``, L2 over all deletions and outputs.
 
     0 is exact; 1 is what predicting no change at all gives. NaN before the first update, infinite if nothing changed
@@ -151,7 +132,7 @@ class RelativeChangeError(_DeletionMetric):
         return (self.squared_error / self.squared_change).sqrt()
 
 
-class IntervalCoverage(_DeletionMetric):
+class IntervalCoverage(PlottedMetric):
     """Prediction interval coverage: the share of true values with ``lower <= true <= upper``.
 
     Honest intervals of level 0.9 cover 0.9 of the truths: below it they are too narrow, above it too wide. NaN before

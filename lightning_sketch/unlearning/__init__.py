@@ -36,8 +36,11 @@ compare with a retrained model.
     tensor([ 0.0..., -0.0..., -0.4..., -1.8...,  0.0...], dtype=torch.float64)
     >>> IAU(lr=0.01).unlearn(model, forget, retain).retain_loss
     LossPair(before=0.058..., after=0.057...)
+
+:func:`audit` says whether that was enough, and not too much, beside the retrained model or a sketch's prediction of it.
 """
 
+from lightning_sketch.unlearning.audit import AuditReport, Measure, audit
 from lightning_sketch.unlearning.distillation import CounterfactualDistillation
 from lightning_sketch.unlearning.gradient_ascent import GradientAscent
 from lightning_sketch.unlearning.iau import IAU, TotalGradient, total_gradient
@@ -48,14 +51,17 @@ from lightning_sketch.unlearning.steps import KernelStep, SketchStep
 __all__ = [
     "IAU",
     "IMU",
+    "AuditReport",
     "CounterfactualDistillation",
     "GradientAscent",
     "KernelStep",
     "LossPair",
+    "Measure",
     "SketchStep",
     "TotalGradient",
     "Unlearner",
     "UnlearningReport",
+    "audit",
     "influence_weights",
     "total_gradient",
 ]
