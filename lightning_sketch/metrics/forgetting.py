@@ -14,7 +14,36 @@ from lightning_sketch.metrics.membership import Role, check_logits, check_role
 from lightning_sketch.metrics.plotted import PlottedMetric
 
 
-class PredictionKL(PlottedMetric):
+class _MeanOfPairs(PlottedMetric):
+    """A mean over examples of something of the logits of two models."""
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, reference_logits: Tensor) -> None:
+        """Add examples, both ``(N, C)``."""
+        _check_pair(logits, reference_logits)
+        self.total = self.total + self._of_each(logits, reference_logits).double().sum()
+        self.count = self.count + len(logits)
+
+    def compute(self) -> Tensor:
+        """Return the mean."""
+        return self.total / self.count
+
+    def _of_each(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
+        """Return what is averaged, ``(N,)``."""
+        raise NotImplementedError
+
+
+class PredictionKL(_MeanOfPairs):
     """Mean Kullback-Leibler divergence ``KL(p_reference || p)`` of class probabilities, in nats.
 
     0 is the reference itself. NaN before the first update.
@@ -37,30 +66,13 @@ class PredictionKL(PlottedMetric):
     """
 
     is_differentiable = True
-    higher_is_better = False
-    plot_lower_bound = 0.0
 
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, reference_logits: Tensor) -> None:
-        """Add examples, both ``(N, C)``."""
-        _check_pair(logits, reference_logits)
+    def _of_each(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
         log_p, log_r = logits.double().log_softmax(1), reference_logits.double().log_softmax(1)
-        self.total = self.total + (log_r.exp() * (log_r - log_p)).sum()
-        self.count = self.count + len(logits)
-
-    def compute(self) -> Tensor:
-        """Return the mean."""
-        return self.total / self.count
+        return (log_r.exp() * (log_r - log_p)).sum(1)
 
 
-class PredictionDisagreement(PlottedMetric):
+class PredictionDisagreement(_MeanOfPairs):
     """Share of examples for which two models predict different classes. NaN before the first update.
 
     Shape:
@@ -81,27 +93,10 @@ class PredictionDisagreement(PlottedMetric):
     """
 
     is_differentiable = False
-    higher_is_better = False
-    plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    different: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("different", "count"):
-            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, reference_logits: Tensor) -> None:
-        """Add examples, both ``(N, C)``."""
-        _check_pair(logits, reference_logits)
-        self.different = self.different + (logits.argmax(1) != reference_logits.argmax(1)).sum()
-        self.count = self.count + len(logits)
-
-    def compute(self) -> Tensor:
-        """Return the share."""
-        return self.different.double() / self.count
+    def _of_each(self, logits: Tensor, reference_logits: Tensor) -> Tensor:
+        return logits.argmax(1) != reference_logits.argmax(1)
 
 
 class RelativeParameterDistance(PlottedMetric):
