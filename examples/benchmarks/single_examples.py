@@ -97,12 +97,13 @@ def draw(scores: dict[str, list[tuple[int, list[float], list[float]]]], path: st
     axes[1].set(ylabel="relative error of the predicted change", yscale="log")
     for ax in axes:
         ax.set(xlabel="real measurements (two per complex direction)", xscale="log")
-        ax.set_xticks(counts, [str(count) for count in counts])
+        ticks = sorted({row[0] for rows in scores.values() for row in rows})
+        ax.set_xticks(ticks, [str(count) for count in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle("Deleting 20 of 1,000 examples")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
     print(f"\nFigure: {path}")
 
 
