@@ -38,13 +38,13 @@ from lightning_sketch.unlearning import (
 
 PARTS = 5  # of every class
 FORGOTTEN_CLASS = 3
-RANDOM = 2  # units of random examples, of as many as a part of a class holds
+RANDOM = 2  # units of random examples, each of 2.5 % of all
 
 
 def make_units(labels: Tensor) -> np.ndarray:
     """Return the unit of each training example: first units of random examples, then five parts of every class."""
     units = np.full(len(labels), -1)
-    size = len(labels) // (10 * PARTS)
+    size = len(labels) // 40
     units[: RANDOM * size] = np.arange(RANDOM * size) // size
     for digit in range(10):
         rows = np.flatnonzero((labels.numpy() == digit) & (units < 0))

@@ -25,8 +25,8 @@ FIRST = RANDOM + FORGOTTEN_CLASS * PARTS
 DELETIONS = {
     "a fifth of a class": [FIRST],
     "two fifths of a class": [FIRST, FIRST + 1],
-    "28 random examples": [0],
-    "56 random examples": [0, 1],
+    "35 random examples": [0],
+    "70 random examples": [0, 1],
 }
 
 
