@@ -27,3 +27,13 @@ class MemoryShortageError(LightningSketchError, MemoryError):
 
 class SketchError(LightningSketchError, RuntimeError):
     """A sketch on disk is missing, torn, altered, of another format version, or does not fit the module."""
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is not a positive integer.
+
+    Raises:
+        ConfigurationError: naming the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigurationError(f"`{name}` is {value!r}: give a positive integer.")

@@ -5,6 +5,7 @@
 PYTHONPATH=examples python examples/benchmarks/audits.py
 """
 
+import argparse
 import copy
 import logging
 import tempfile
@@ -51,6 +52,7 @@ def perturbed(original: nn.Module, other: nn.Module) -> nn.Module:
 
 def main() -> None:
     """Train once with the sketch, retrain for every deletion, audit every model against either reference."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     warnings.filterwarnings("ignore", module=r"lightning\.")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)

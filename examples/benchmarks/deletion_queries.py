@@ -5,6 +5,7 @@
 python examples/benchmarks/deletion_queries.py
 """
 
+import argparse
 import time
 from collections.abc import Callable
 
@@ -38,6 +39,7 @@ def seconds(directions: np.ndarray, outputs: int, run: Callable[[Effect], object
 
 def main() -> None:
     """Print the tables."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     directions = make_directions(1, "basis+common", UNITS).array
     generator = np.random.default_rng(0)
     sets = [generator.choice(UNITS, generator.integers(1, 13), replace=False).tolist() for _ in range(DELETIONS)]

@@ -6,6 +6,7 @@ are of everything from the trained module to the predictions: Jacobian, factor, 
 python examples/benchmarks/dual_influence.py
 """
 
+import argparse
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -45,6 +46,7 @@ def trained(parameters: int) -> tuple[nn.Module, tuple[Tensor, Tensor], Tensor]:
 
 def main() -> None:
     """Print the tables."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
     module, data, test = trained(100)
     KernelInfluence.from_module(module, data, loss="logistic", ridge=RIDGE).prepare(test).leave_one_out()  # warm up

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_sketch.callbacks._examples import AroundTrainingStep, joint_order
 from lightning_sketch.directions import Directions, units_checksum
-from lightning_sketch.errors import ConfigurationError, InstabilityError, MemoryShortageError
+from lightning_sketch.errors import ConfigurationError, InstabilityError, MemoryShortageError, check_count
 from lightning_sketch.jets.memory import collect_garbage, give_back_freed_memory
 from lightning_sketch.shadow.carried import AttributeWatch
 from lightning_sketch.shadow.checks import Readings, check_update
@@ -579,8 +579,3 @@ def _state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:
         for key, value in state.items()
         if id(p) in names and isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point()
     }
-
-
-def check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigurationError(f"`{name}` must be a positive integer but is {value!r}.")

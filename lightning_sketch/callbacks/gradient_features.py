@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_sketch.directions import resolve_units, units_checksum
-from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.errors import ConfigurationError, check_count
 from lightning_sketch.features import UnitFeatures
 from lightning_sketch.shadow.unit_gradients import CountSketch, project_gradients
 from lightning_sketch.shadow.weighting import LossWeighting, PerExampleLoss
@@ -53,8 +53,7 @@ class GradientFeatures(pl.Callback):
         points = sorted(set(map(float, at)))
         if not points or not all(0 <= a <= 1 for a in points):
             raise ConfigurationError(f"`at` is {list(at)}: give fractions of training between 0 and 1.")
-        if not isinstance(projection, int) or isinstance(projection, bool) or projection < 1:
-            raise ConfigurationError(f"`projection` must be a positive integer but is {projection!r}.")
+        check_count("projection", projection)
         self.dirpath = os.fspath(dirpath)
         self.at = points
         self.projection = projection

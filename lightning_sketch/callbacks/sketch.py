@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sketch.callbacks._carrying import CarriesJets, check_count
+from lightning_sketch.callbacks._carrying import CarriesJets
 from lightning_sketch.callbacks._examples import joint_order
 from lightning_sketch.directions import (
     Directions,
@@ -24,7 +24,7 @@ from lightning_sketch.directions import (
     parse_design,
     plain_steps,
 )
-from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.errors import ConfigurationError, check_count
 from lightning_sketch.features import UnitFeatures
 from lightning_sketch.shadow.planning import (
     state_bytes,
@@ -160,7 +160,7 @@ class SketchCallback(CarriesJets):
             self._leading = self._loaded.get("leading")
             if self._leading is None or len(self._leading) != count:
                 raise ConfigurationError(
-                    f"SketchCallback: the checkpoint was saved without `design={self.design!r}`, `directions={count}`"
+                    f"{self._name}: the checkpoint was saved without `design={self.design!r}`, `directions={count}`"
                     ": give the arguments that training began with."
                 )
         else:
@@ -181,28 +181,28 @@ class SketchCallback(CarriesJets):
         cost = real * plain_steps(degree, real=True) + complex_ * plain_steps(degree, real=False)
         error = first_order_error(measurements, n)
         rank_zero_info(
-            f"SketchCallback: {n} units, {self._drawn.num_directions} directions ({real} real, {complex_} complex), "
+            f"{self._name}: {n} units, {self._drawn.num_directions} directions ({real} real, {complex_} complex), "
             f"degree {degree}; {_bytes(state)} of state; a step costs up to {cost:.0f} plain steps; expected relative "
             f"sampling error of a first-order prediction for a random set of units: {error:.2f}."
         )
         kinks = piecewise_linear(module)
         if kinks:
             rank_zero_warn(
-                f"SketchCallback: {kinks[0]} is piecewise linear: derivatives are exact, but a deletion crosses "
+                f"{self._name}: {kinks[0]} is piecewise linear: derivatives are exact, but a deletion crosses "
                 "kinks that no derivative sees, so predictions may be far off. Use a smooth activation (GELU, SiLU, "
                 "Tanh) and average pooling where predictions matter."
             )
         random_only = set(self._drawn.recipe["design"].split("+")) <= {"sphere", "orthonormal"}
         if degree > 1 and random_only and measurements < n * (n + 1) // 2:
             rank_zero_warn(
-                f"SketchCallback: random directions measure {measurements} of the {n * (n + 1) // 2} dimensions of the "
+                f"{self._name}: random directions measure {measurements} of the {n * (n + 1) // 2} dimensions of the "
                 "second order, so orders above 1 of a single deletion, and their error bars, are rough. Use "
                 "design='basis+common' or 'indicator' where interactions matter, or degree=1."
             )
         informed = not {"indicator", "gradient"}.isdisjoint(self._drawn.recipe["design"].split("+"))
         if error > 0.5 and not informed:
             rank_zero_warn(
-                f"SketchCallback: {measurements} measurements for {n} units predict a random deletion to a relative "
+                f"{self._name}: {measurements} measurements for {n} units predict a random deletion to a relative "
                 f"error of about {error:.2f}. Group examples into fewer units with `units=`, measure more directions, "
                 "or use another `design` ('indicator' for deletion sets known in advance, 'basis+common' for few "
                 "units, 'gradient' for single examples)."
@@ -224,14 +224,14 @@ class SketchCallback(CarriesJets):
         if self._given_up:
             return
         if not self._steps or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn(f"SketchCallback: no sketch was written to `{self.dirpath}`, since this was no training.")
+            rank_zero_warn(f"{self._name}: no sketch was written to `{self.dirpath}`, since this was no training.")
             return
         self._together(self._readings.read)
         self._write(pl_module, trainer.optimizers[0])
         growth = max(self._ranks.share(max((_growth(block.norms()) for block in self._blocks), default=0.0)))
         if growth > 1:
             rank_zero_warn(
-                f"SketchCallback: the Taylor terms of the parameters grow with the order (the last is {growth:.2g} "
+                f"{self._name}: the Taylor terms of the parameters grow with the order (the last is {growth:.2g} "
                 "times the first along a typical direction), so predictions of a whole unit are not to be trusted. "
                 "Usual cures: a smaller learning rate, StableAdamW with eps=1e-3 instead of Adam, smooth activations, "
                 "smaller units, float64."

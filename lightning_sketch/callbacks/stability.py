@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_sketch.callbacks._carrying import CarriesJets, check_count
+from lightning_sketch.callbacks._carrying import CarriesJets
 from lightning_sketch.callbacks._figures import log_figure
 from lightning_sketch.callbacks.sketch import SketchCallback
 from lightning_sketch.directions import Directions, plain_steps, random_signs
-from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.errors import ConfigurationError, check_count
 from lightning_sketch.optim import StableAdamW
 from lightning_sketch.prediction.stability import TOLERANCE, StabilityProfile, profile_of_sizes, stability_profile
 from lightning_sketch.shadow.carried import AttributeWatch

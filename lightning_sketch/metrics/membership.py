@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
-from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.errors import ConfigurationError, check_count
 from lightning_sketch.metrics.plotted import PlottedMetric
 
 Attack = Literal["loss", "confidence", "entropy", "modified_entropy"]
@@ -115,8 +115,7 @@ class _MembershipMetric(PlottedMetric):
         """
         if not 0 < level < 1:
             raise ConfigurationError(f"`level` is {level}: give a probability between 0 and 1.")
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ConfigurationError(f"`samples` is {samples!r}: give a positive integer.")
+        check_count("samples", samples)
         members, others = self._counts()
         generator = np.random.default_rng(seed)
         values = [

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.errors import ConfigurationError, check_count
 from lightning_sketch.prediction import DeletionPredictor
 from lightning_sketch.prediction.outputs import Output, logits
 from lightning_sketch.sketch import Sketch
-from lightning_sketch.unlearning.protocol import Batches, Outcome, Run, Unlearner, check_count, check_positive
+from lightning_sketch.unlearning.protocol import Batches, Outcome, Run, Unlearner, check_positive
 from lightning_sketch.unlearning.steps import check_sketched, check_units
 
 

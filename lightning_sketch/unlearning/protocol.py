@@ -356,16 +356,6 @@ def check_positive(**numbers: object) -> None:
         check_number(name, value, lambda v: 0 < v < float("inf"), "a positive number")
 
 
-def check_count(name: str, value: object) -> None:
-    """Refuse what is not a positive integer.
-
-    Raises:
-        ConfigurationError: naming the argument.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"`{name}` is {value!r}: give a positive integer.")
-
-
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse what is none of some words.
 

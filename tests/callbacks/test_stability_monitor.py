@@ -440,11 +440,11 @@ def test_a_run_that_blows_up_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_n_steps": 0}, "`every_n_steps` must be a positive integer"),
+        ({"every_n_steps": 0}, "`every_n_steps` is 0: give a positive integer"),
         ({"every_n_steps": 5}, "windows would overlap"),
-        ({"probes": True}, "`probes` must be a positive integer"),
-        ({"window": 2.5}, "`window` must be a positive integer"),
-        ({"degree": 0}, "`degree` must be a positive integer"),
+        ({"probes": True}, "`probes` is True: give a positive integer"),
+        ({"window": 2.5}, "`window` is 2.5: give a positive integer"),
+        ({"degree": 0}, "`degree` is 0: give a positive integer"),
         ({"output": "test_loss"}, "`output` must be 'train_loss', 'val_loss' or a callable"),
         ({"tolerance": 1}, "`tolerance` is 1: give a relative error between 0 and 1"),
     ],
