@@ -29,8 +29,11 @@ ROOMS = [
     "plotting",
     "callbacks",
     "__init__",
+    "cli",
+    "__main__",
 ]
-KNOW_LIGHTNING = {"shadow", "callbacks"}
+KNOW_LIGHTNING = {"shadow", "callbacks", "cli"}
+ONLY_CLI = {"rich", "jsonargparse"}
 
 
 def room(path: Path) -> str:
@@ -55,6 +58,7 @@ def test_modules_import_only_from_rooms_above(path):
     for name in imports(path):
         top, *rest = name.split(".")
         assert top != "lightning" or room(path) in KNOW_LIGHTNING, f"{path.name} must not know Lightning"
+        assert top not in ONLY_CLI or room(path) == "cli", f"{path.name} must not know {top}"
         if top == "lightning_sketch" and rest:
             other = "sketch" if rest[0].startswith("_sketch") else rest[0]
             assert ROOMS.index(other) <= ROOMS.index(room(path)), f"{path.name} imports {name} from below"

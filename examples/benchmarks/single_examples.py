@@ -22,7 +22,8 @@ from lightning_sketch import DeletionPredictor, GradientFeatures, Sketch, Sketch
 from lightning_sketch.metrics import IntervalCoverage, LinearDatamodelingScore, RelativeChangeError
 
 SIZES = (1, 5, 20, 100)
-PROJECTION = 4096
+POINTS = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)  # of the pilot run, where its gradients are recorded
+PROJECTION = 8192
 # name -> (design, whether its directions or its prior need the gradients of a pilot run, estimator)
 CASES = {
     "sphere, mean": ("sphere", None, "mean"),
@@ -57,7 +58,7 @@ def main() -> None:
     print("|---|---|" + "---|" * (len(SIZES) + 1))
     with tempfile.TemporaryDirectory() as directory:
         pilot = Path(directory) / "pilot"
-        study.fit(GradientFeatures(pilot, projection=PROJECTION))
+        study.fit(GradientFeatures(pilot, at=POINTS, projection=PROJECTION))
         for case in given.cases:
             design, gradients, estimator = CASES[case]
             for measurements in counts:

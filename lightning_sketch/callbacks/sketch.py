@@ -52,7 +52,7 @@ class SketchCallback(CarriesJets):
 
     Args:
         dirpath: directory that the sketch is written to.
-        directions: number of random directions, or an explicit array ``(K, n)``, real or complex.
+        directions: number of random directions, or an explicit array ``(K, n)``, real or complex; in YAML nested lists.
         degree: highest order of the Taylor coefficients, from 1.
         design: ``"sphere"``, ``"orthonormal"``, ``"basis"``, ``"indicator"``, ``"gradient"``, ``"common"``, joined with
             ``+``; for example ``"basis+common"``.
@@ -84,7 +84,7 @@ class SketchCallback(CarriesJets):
     def __init__(
         self,
         dirpath: str | os.PathLike[str],
-        directions: int | np.ndarray = 64,
+        directions: int | Sequence[Sequence[float]] | np.ndarray = 64,
         degree: int = 2,
         *,
         design: str = "orthonormal",

@@ -12,6 +12,7 @@ from lightning_sketch.directions import first_order_error, plain_steps
 from lightning_sketch.errors import ConfigurationError
 
 _ROUNDING = 1e-10  # below it, parts of one are rounding
+_MOST = 2**63  # what numpy holds
 
 
 @dataclass(frozen=True, repr=False)
@@ -235,8 +236,8 @@ def _check(
     for name, value in (("n_units", n_units), ("deletion_size", deletion_size), ("num_sets", num_sets)):
         if value is None and name == "num_sets":
             continue
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ConfigurationError(f"`{name}` is {value!r}: give an integer of at least 1.")
+        if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= value < _MOST:
+            raise ConfigurationError(f"`{name}` is {value!r}: give an integer of at least 1, below 2^63.")
     if deletion_size > n_units:
         raise ConfigurationError(f"`deletion_size` is {deletion_size}, and there are {n_units} units: delete fewer.")
     if not isinstance(error, Real) or not 0 < error < 1:
