@@ -274,7 +274,8 @@ def check_digest(path: Path, entry: dict[str, Any], digest: str) -> None:
 
 def missing(path: Path) -> SketchError:
     return SketchError(
-        f"`{path}` is missing, so there is no sketch: give the `dirpath` of a SketchCallback whose training has ended."
+        f"`{path}` is missing, so there is no sketch: give the `dirpath` of a SketchCallback whose training has ended "
+        "and that did not give the sketch up, which it says in a warning."
     )
 
 

@@ -71,6 +71,7 @@ class CarriesJets(AroundTrainingStep):
         self._name = type(self).__name__
         self._hooks: list[Any] = []
         self._sync = BufferSync(None)
+        self._ended = False  # a training that was followed
         self._forget()
 
     def _forget(self) -> None:
@@ -107,6 +108,7 @@ class CarriesJets(AroundTrainingStep):
         if stage == "fit":
             check_trainer(trainer, pl_module, self._name)
             refuse_averaging(trainer, self._name)
+            self._ended = False
             self._ranks = Ranks.of(trainer)
             self._units.ids.install(trainer)
 
@@ -123,7 +125,12 @@ class CarriesJets(AroundTrainingStep):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when optimizer and data exist: draws the directions, says the cost, begins to follow the run."""
         if self._loaded is None:
-            check_start(trainer, self._name, "resume a checkpoint that was saved with this callback after a step, or ")
+            check_start(
+                trainer,
+                self._name,
+                "resume a checkpoint that was saved with this callback during training, after a step (at the end of "
+                "`fit` it lets go of the coefficients), or ",
+            )
         self._join(trainer, pl_module)
         self._following = True
         if self._loaded is not None:
@@ -170,8 +177,13 @@ class CarriesJets(AroundTrainingStep):
         """Called where a checkpoint is saved, on all processes: the coefficients so far, as tensors and primitives.
 
         Those of all processes are in that of the first, which Lightning writes. Empty inside an optimizer step, where
-        an interruption leaves parameters and coefficients that are not of one moment.
+        an interruption leaves parameters and coefficients that are not of one moment, and after ``fit``.
         """
+        if self._ended:
+            rank_zero_info(
+                f"{self._name}: training has ended and its coefficients are not in this checkpoint, so that it cannot "
+                "be resumed with the callback: resume one that was saved during training (by `ModelCheckpoint`)."
+            )
         if self._depth or self._pending is not None or (not self._verified and not self._given_up):
             return {}
         return {
@@ -556,6 +568,7 @@ class CarriesJets(AroundTrainingStep):
             hook.remove()
         self._hooks = []
         self._sync.remove()
+        self._ended = self._ended or self._steps > 0
         self._forget()
         give_back_freed_memory()
 

@@ -37,8 +37,13 @@ class BatchUnits:
         self._traced: list[int] | None = None
 
     def start(self, trainer: Any) -> None:
-        """Read the size of the train dataset; called when the dataloaders exist."""
+        """Read the size of the train dataset; called when the dataloaders exist.
+
+        Raises:
+            ConfigurationError: if the dataloader does not tell the rows of its batches, or ``units`` do not fit.
+        """
         self.order = ""
+        self.ids.check(trainer)
         self.of_example = resolve_units(self.given, count_examples(trainer, self.given))
 
     @property

@@ -70,7 +70,7 @@ class GradientRestriction(pl.Callback):
         """Called before the first batch: looks at the optimizer, and asks for kernels with second derivatives."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         check_optimizers(trainer.optimizers, pl_module, "GradientRestriction", scaler)
-        self._kernels.enter_context(differentiable_kernels())
+        self._kernels.enter_context(differentiable_kernels(pl_module.modules()))
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:

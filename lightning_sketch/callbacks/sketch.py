@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_sketch._sketch_format import JSON_NAME
 from lightning_sketch.callbacks._carrying import CarriesJets
 from lightning_sketch.callbacks._examples import joint_order
 from lightning_sketch.directions import (
@@ -36,6 +37,9 @@ from lightning_sketch.shadow.wrapping import (
     piecewise_linear,
 )
 from lightning_sketch.sketch import Shard, check_writable, module_types, write_sketch
+
+# Optimizer steps after which the growth of the Taylor terms is looked at; and again after twice as many, four times ...
+FIRST_LOOK = 10
 
 
 class SketchCallback(CarriesJets):
@@ -126,6 +130,7 @@ class SketchCallback(CarriesJets):
     def _forget(self) -> None:
         super()._forget()
         self._leading: Tensor | None = None  # of the gradients at initialisation, (count, n)
+        self._warned = False  # that the Taylor terms grow
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -210,13 +215,19 @@ class SketchCallback(CarriesJets):
 
     @override
     def _after_step(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
+        looks, rest = divmod(self._steps, FIRST_LOOK)
+        if not rest and looks.bit_count() == 1 and not self._warned:
+            self._warn_of_growth(f"after {self._steps} optimizer steps ")
         if self.every_n_train_steps and self._steps % self.every_n_train_steps == 0:
             self._write(module, optimizer)
 
     @override
     def _lost(self) -> str:
         steps = self._steps - self._steps % self.every_n_train_steps if self.every_n_train_steps else 0
-        return f"the sketch of step {steps} stays in `{self.dirpath}`" if steps else "the sketch is not written"
+        if steps:
+            return f"the sketch of step {steps} stays in `{self.dirpath}`"
+        older = os.path.exists(os.path.join(self.dirpath, JSON_NAME))
+        return "the sketch is not written" + f", and that of an earlier run stays in `{self.dirpath}`" * older
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -228,13 +239,17 @@ class SketchCallback(CarriesJets):
             return
         self._together(self._readings.read)
         self._write(pl_module, trainer.optimizers[0])
+        self._warn_of_growth("")
+
+    def _warn_of_growth(self, when: str) -> None:
         growth = max(self._ranks.share(max((_growth(block.norms()) for block in self._blocks), default=0.0)))
         if growth > 1:
+            self._warned = True
             rank_zero_warn(
-                f"{self._name}: the Taylor terms of the parameters grow with the order (the last is {growth:.2g} "
-                "times the first along a typical direction), so predictions of a whole unit are not to be trusted. "
-                "Usual cures: a smaller learning rate, StableAdamW with eps=1e-3 instead of Adam, smooth activations, "
-                "smaller units, float64."
+                f"{self._name}: {when}the Taylor terms of the parameters grow with the order (the last is "
+                f"{growth:.2g} times the first along a typical direction), so predictions of a whole unit are not to "
+                "be trusted. Usual cures: a smaller learning rate, StableAdamW with eps=1e-3 instead of Adam, smooth "
+                "activations, smaller units, float64."
             )
 
     def _write(self, module: pl.LightningModule, optimizer: Optimizer) -> None:

@@ -9,7 +9,9 @@ Derivatives*, ch. 13)::
 A *statement* is a function from the series ``x`` to the series ``y`` that says so once, for instance
 ``lambda x: x.solve(x[0].tanh(), lambda y: 1 - y * y)``. It is used in two ways. On the identity
 ``x_0 + z`` it gives the Taylor coefficients ``f_m`` at ``x_0``, which are real, common to all directions, and composed
-with the coefficients of ``x`` by Horner's scheme: the fewest products at low degrees, ``O(R^3)`` at high ones. On the
+with the coefficients of ``x`` by Horner's scheme: the fewest products at low degrees, ``O(R^3)`` at high ones. Those of
+powers and logarithms grow like ``x_0^-m`` and overflow long before the result does (in float32 ``1 / sqrt(v)^3``, of a
+second moment ``v``, below ``v = 1e-26``), so these are stated on ``x_0 + x_0 z`` and composed with ``x / x_0``. On the
 series ``x`` itself it gives ``y`` in ``O(R^2)`` products, done by ``O(R)`` operators: every product is online (van der
 Hoeven, *Relax, but don't be too lazy*, 2002, in its naive form), that is, a coefficient, once known, is multiplied
 with all that are known of the other factor, and the products are added to the orders that they belong to.
@@ -170,12 +172,17 @@ class Series:
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Series:
-        """From ``b q = a``: ``q_k = -(sum_{i=1..k} b_i q_{k-i} - a_k) / b_0``."""
+        """From ``b q = a``: ``q_k = (a_k - sum_{i=1..k} b_i q_{k-i}) / b_0``."""
         if not isinstance(other, Series):
             return self * (1 / other)
         q = self.unknown(None if self[0] is None else self[0] / other[0])
-        rest, scale = other.moving() * q, other[0].reciprocal().neg()
-        q.higher = lambda k: _times(_minus(rest[k], self[k]), scale)
+        rest, divisor = other.moving() * q, other[0]
+
+        def higher(k: int) -> Coefficient:
+            left = _minus(self[k], rest[k])
+            return None if left is None else left / divisor  # whose reciprocal may overflow
+
+        q.higher = higher
         return q
 
     def __rtruediv__(self, other: Any) -> Series:
@@ -195,16 +202,17 @@ class Series:
 
 
 class Identity(Series):
-    """The series ``x_0 + z``."""
+    """The series ``x_0 + scale z``."""
 
-    __slots__ = ()
+    __slots__ = ("scale",)
 
-    def __init__(self, x0: Tensor) -> None:
-        super().__init__(x0, lambda k: 1.0 if k == 1 else None, 1)
+    def __init__(self, x0: Tensor, scale: Coefficient = 1.0) -> None:
+        super().__init__(x0, lambda k: scale if k == 1 else None, 1)
+        self.scale = scale
 
     def drive(self, y: Series, slope: Series) -> None:
-        """Set the higher coefficients of ``y`` from ``y' = slope``."""
-        y.higher = lambda k: _times(1 / k, slope[k - 1])
+        """Set the higher coefficients of ``y`` from ``y' = scale slope``."""
+        y.higher = lambda k: _times(_times(1 / k, slope[k - 1]), self.scale)
 
 
 class BlockSeries(Series):
@@ -327,11 +335,18 @@ class _Product(BlockSeries):
 Statement = Callable[[Series], Series]
 
 
-def evaluate(statement: Statement, x0: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficient 0 and the orders ``1..R`` of ``y``, given those of ``x``: ``(R, P, K, *S)``."""
+def evaluate(statement: Statement, x0: Tensor, coefficients: Tensor, relative: bool = False) -> tuple[Tensor, Tensor]:
+    """Coefficient 0 and the orders ``1..R`` of ``y``, given those of ``x``: ``(R, P, K, *S)``.
+
+    ``relative``: singular at ``x_0 = 0`` and nowhere else, hence composed with ``x / x_0``.
+    """
     orders, parts = coefficients.shape[:2]
     if orders <= HORNER_DEGREE:
-        y = statement(Identity(x0))
+        if relative:
+            scale = torch.where(x0 == 0, 1.0, x0)
+            y, coefficients = statement(Identity(x0, scale)), coefficients / scale
+        else:
+            y = statement(Identity(x0))
         return y[0], compose(coefficients, [y[m] for m in range(orders + 1)])
     dtype = torch.promote_types(x0.dtype, torch.float32)  # there are no complex numbers of lower precision
     h = coefficients.to(dtype)

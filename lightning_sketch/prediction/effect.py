@@ -65,13 +65,17 @@ class Prediction:
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return ``value -/+ z sqrt(stderr^2 + truncation^2)``, ``z`` being the two-sided normal quantile of ``level``.
 
+        Where a diverging series leaves no finite value the interval is the whole line.
+
         Raises:
             ConfigurationError: ``level`` is not between 0 and 1.
         """
         if not 0 < level < 1:
             raise ConfigurationError(f"`level` is {level}: give a probability between 0 and 1.")
         half = float(norm.ppf((1 + level) / 2)) * torch.hypot(self.stderr, self.truncation)
-        return self.value - half, self.value + half
+        unknown = ~(self.value.isfinite() & half.isfinite())
+        lower, upper = self.value - half, self.value + half
+        return lower.masked_fill(unknown, -torch.inf), upper.masked_fill(unknown, torch.inf)
 
     def plot(self, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
         """Draw the sorted predicted changes with their 95 % intervals; returns figure and axes."""

@@ -38,7 +38,9 @@ def logits(module: Any, batch: Any) -> Tensor:
         _check_keywords(module, given)
         result = module(**given)
     else:
-        result = module(_positional(batch))
+        inputs = _positional(batch)
+        _check_positional(module)
+        result = module(inputs)
     if isinstance(result, Mapping) and "logits" in result:
         result = result["logits"]
     if not isinstance(result, Tensor):
@@ -155,6 +157,17 @@ def _positional(batch: Any) -> Tensor:
             f"a mapping of keywords, or {_REMEDY}."
         )
     return inputs
+
+
+def _check_positional(module: Any) -> None:
+    """Refuse a ``forward`` that does not take the inputs alone."""
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(None)
+    except TypeError:
+        raise ConfigurationError(
+            f"`output` calls `forward` with the inputs `x` of the batch alone, but it takes {signature}: {_REMEDY}."
+        ) from None
 
 
 def _check_keywords(module: Any, given: Mapping[str, Any]) -> None:

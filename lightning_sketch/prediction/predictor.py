@@ -343,7 +343,7 @@ class DeletionPredictor:
         module, function, device = self.module, self._function, self._device
         buffers = dict(module.named_buffers())  # a batch may change them, but not for the next one
         tensors = {name: t.clone() if name in buffers else t for name, t in tensors.items()}
-        with quiet(Places(module), device) as start, differentiable_kernels():
+        with quiet(Places(module), device) as start, differentiable_kernels(module.modules()):
             start(RandomState.capture(device), None)
             module.eval()
             if function is None:
@@ -398,9 +398,11 @@ def _check_examples(result: Tensor, batch: Any) -> None:
     size = batch_size(batch)
     if result.ndim == 0 or (size is not None and result.shape[0] != size):
         examples = "one per example" if size is None else f"{size}"
+        flattened = result.ndim and size and len(result) and len(result) % size == 0
+        remedy = f": undo its flattening by `.unflatten(0, ({size}, -1))`" if flattened else ""
         raise ConfigurationError(
             f"`output` must return a tensor whose first dimension is examples ({examples}), but returned shape "
-            f"{tuple(result.shape)}."
+            f"{tuple(result.shape)}{remedy}."
         )
 
 

@@ -113,6 +113,16 @@ class ExampleIds:
             dataloader.__dict__["batch_sampler"] = traced.batch_sampler
             self._traced = None
 
+    def check(self, trainer: Any) -> None:
+        """Refuse dataloaders that are not the one traced, such as several in a list or a mapping.
+
+        Raises:
+            ConfigurationError: naming the remedy.
+        """
+        loader = trainer.train_dataloader
+        if self.ids == "auto" and (self._traced is None or loader is not self._traced[0]):
+            refuse_untraceable(loader)
+
     def next_batch(self, trainer: Any, batch_idx: int) -> list[int] | None:
         """Return the traced rows of the next training batch; ``None`` where ids come from the batch itself.
 
@@ -121,9 +131,7 @@ class ExampleIds:
         """
         if self.ids != "auto":
             return None
-        loader = trainer.train_dataloader
-        if self._traced is not None and loader is not self._traced[0]:  # several loaders, each processed on its own
-            refuse_untraceable(loader)
+        self.check(trainer)
         started = trainer.fit_loop.epoch_loop.batch_progress.current.started
         rows = None if self._traced is None else self._traced[1].take(batch_idx, started)
         if rows is None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from lightning_sketch.errors import FidelityError
 from lightning_sketch.shadow.carried import forbid_reading, varying_attributes
@@ -258,9 +259,23 @@ def call_with_tensors(places: Places, tensors: dict[str, Tensor], function: Call
         places.put_back()
 
 
+class _LayersOfCells(TorchFunctionMode):
+    """While active, an LSTM runs cell by cell, and not as MKL-DNN's layer of float32, whose operator has no rule."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.lstm:
+            return func(*args, **(kwargs or {}))
+        backend: Any = torch.backends.mkldnn
+        enabled, backend.enabled = backend.enabled, False  # `backend.flags` would set its precision too, and warn
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            backend.enabled = enabled
+
+
 @contextmanager
-def differentiable_kernels() -> Iterator[None]:
-    """Choose kernels that are made of operators with rules: attention by matrix products, nothing fused or compiled."""
+def differentiable_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Choose kernels made of operators with rules for these modules: attention by matrix products, nothing fused."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -268,6 +283,8 @@ def differentiable_kernels() -> Iterator[None]:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if "torch._dynamo" in sys.modules:  # slow to import, and nothing is compiled without it
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if any(isinstance(m, nn.LSTM) for m in modules):
+                stack.enter_context(_LayersOfCells())
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -323,7 +340,7 @@ def replay(
         return use(loss)
 
     places = start(record.random_state, record.module_state)
-    with differentiable_kernels(), torch.enable_grad():
+    with differentiable_kernels(places.modules), torch.enable_grad():
         forbid_reading(module, carried)
         result = call_with_tensors(places, tensors, run)
         return result, varying_attributes(module, record.left)
@@ -354,7 +371,7 @@ def evaluate(
             return output(module, args)
 
     places = start(record.random_state, record.module_state)
-    with differentiable_kernels(), torch.no_grad():
+    with differentiable_kernels(places.modules), torch.no_grad():
         forbid_reading(module, carried)
         value: Tensor = call_with_tensors(places, tensors, run)
         return value

@@ -74,6 +74,11 @@ def check_trainer(trainer: Any, module: Any, who: str) -> None:
     Raises:
         ConfigurationError: naming every unsupported part of the setup, and the remedy.
     """
+    if any(c.__module__.partition(".")[0] == "pytorch_lightning" for c in type(trainer).__mro__):
+        raise ConfigurationError(
+            f"{who} is a callback of `lightning.pytorch`, but the Trainer is of the package `pytorch_lightning`, whose "
+            "classes are others: write `import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`."
+        )
     problems = []
     if not module.automatic_optimization:
         problems.append("manual optimization (set `automatic_optimization = True`)")

@@ -55,6 +55,12 @@ def test_the_run_goes_on_without_a_sketch(kind: type[Classifier], words: str, tm
     assert tracked.training_step.__func__ is kind.training_step
 
 
+def test_the_sketch_of_an_earlier_run_is_named(tmp_path: Path) -> None:
+    fit(Classifier, [sketch(tmp_path)])
+    with pytest.warns(UserWarning, match="the sketch is not written, and that of an earlier run stays in"):
+        fit(NotANumber, [sketch(tmp_path)], epochs=4)
+
+
 def test_an_earlier_sketch_stays(tmp_path: Path) -> None:
     """Oracle: the sketch of a run that ends there."""
     callback = sketch(tmp_path / "whole", degree=3, every_n_train_steps=3)

@@ -1,13 +1,15 @@
 """What cannot be sketched is refused early, in a sentence that names the argument or the operator."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Classifier, data, fit, loader, sketch
+from helpers import QUIET, Classifier, data, fit, loader, sketch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -322,6 +324,54 @@ class Wild(Classifier):
 def test_terms_that_grow_with_the_order_are_reported(tmp_path):
     with pytest.warns(UserWarning, match="Taylor terms of the parameters grow with the order"):
         fit(Wild, [sketch(tmp_path, 2, degree=3, design="basis")])
+
+
+def test_terms_that_grow_are_reported_early(tmp_path):
+    """Hours may lie between the tenth step and the end; oracle: the steps that were taken before the warning."""
+
+    class Restless(Counted):
+        lr = 30.0
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        taken = []
+
+        class Look(pl.Callback):
+            def on_train_batch_end(self, *_):
+                taken.append(any("after 10 optimizer steps the Taylor terms" in str(w.message) for w in caught))
+
+        fit(Restless, [sketch(tmp_path, 2, degree=3, design="basis"), Look()], epochs=7)
+    assert taken == [step >= 10 for step in range(1, 22)]
+    ours = [str(w.message) for w in caught if "Taylor terms of the parameters grow" in str(w.message)]
+    assert len(ours) == 2  # and once of the whole run
+
+
+def test_the_other_package_of_lightning_is_named(tmp_path):
+    """Oracle: the error's words."""
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Theirs(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(5, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    for callback in (sketch(tmp_path, 2), Reweight(delete=[0])):
+        trainer = other.Trainer(callbacks=[callback], max_epochs=1, precision="64-true", **QUIET)
+        with pytest.raises(ConfigurationError, match=r"of the package `pytorch_lightning`.*`import lightning\.pytorch"):
+            trainer.fit(Theirs(), loader())
+
+
+@pytest.mark.parametrize("several", [lambda: [loader(), loader()], lambda: {"a": loader()}])
+def test_several_dataloaders_are_refused_before_units_are_asked_for(several, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"the train dataloader is a (list|dict): let every batch carry"):
+        fit(Counted, [sketch(tmp_path, 2)], several())
+    assert not STEPS
 
 
 def test_a_run_without_a_sketch_says_so(tmp_path):

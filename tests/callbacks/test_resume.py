@@ -125,6 +125,16 @@ def test_a_sketch_that_was_given_up_stays_so(tmp_path: Path) -> None:
     assert not (tmp_path / "b/sketch.json").exists()
 
 
+def test_a_checkpoint_after_training_says_that_it_has_no_coefficients(tmp_path: Path, caplog: Any) -> None:
+    """Oracle: the words, when it is saved and when it is resumed."""
+    _, trainer = fit(Normalised, [callback(tmp_path / "a")], epochs=1)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        trainer.save_checkpoint(tmp_path / "late.ckpt")
+    assert "its coefficients are not in this checkpoint" in caplog.text
+    with pytest.raises(ConfigurationError, match="saved with this callback during training"):
+        resume(tmp_path / "late.ckpt", callback(tmp_path / "b"), epochs=2)
+
+
 class Saves(pl.Callback):
     def __init__(self, dirpath: Path) -> None:
         self.dirpath = dirpath

@@ -135,6 +135,23 @@ def test_roots_of_the_series_that_is_identically_zero():
     assert_agrees(x.sqrt(), [scalar_jet.sqrt(s) for s in scalars(x)])
 
 
+@pytest.mark.parametrize("degree", [2, 3, 6])
+@pytest.mark.parametrize("primal", [1e-9, 1e-20, 1e-28, 1e-33])
+def test_powers_and_logarithms_of_small_numbers(primal, degree):
+    """Oracle: in ``x_0 (1 + z)`` the series is that of ``1 + z``, however small ``x_0``; a second moment often is."""
+    x = JetTensor(torch.tensor(primal), torch.tensor([primal] + [0.0] * (degree - 1)).reshape(degree, 1, 1))
+    for power in (0.5, -0.5, -1.0, 0.3):
+        functions = [lambda t, p=power: t**p, lambda t, p=power: t ** torch.tensor(p)]
+        functions += {0.5: [torch.sqrt], -0.5: [torch.rsqrt], -1.0: [torch.reciprocal]}.get(power, [])
+        binomial = torch.cumprod(torch.tensor([(power - k) / (k + 1) for k in range(degree)]), 0)
+        for function in functions:
+            found = function(x).coefficients.flatten().double() / primal**power
+            torch.testing.assert_close(found, binomial.double(), rtol=2e-5, atol=2e-5)
+    logarithm = torch.tensor([(-1.0) ** (k + 1) / k for k in range(1, degree + 1)])
+    for function, base in ((torch.log, math.e), (torch.log2, 2.0), (torch.log10, 10.0)):
+        torch.testing.assert_close(function(x).coefficients.flatten(), logarithm / math.log(base), rtol=2e-5, atol=2e-5)
+
+
 BROADCAST = shapes.mutually_broadcastable_shapes(num_shapes=2, min_dims=0, max_dims=3, max_side=3)
 OPERATORS = {
     "add": lambda a, b: a + b,

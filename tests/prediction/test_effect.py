@@ -8,7 +8,7 @@ import torch
 
 from lightning_sketch.directions import make_directions
 from lightning_sketch.errors import ConfigurationError
-from lightning_sketch.prediction import Effect
+from lightning_sketch.prediction import Effect, Prediction
 from lightning_sketch.prediction.estimators import KernelEstimator
 
 UNITS = np.array([0, 0, 1, 2, 2, 2, -1, 3])  # eight examples in four units, one of them not deletable
@@ -122,6 +122,15 @@ def test_interval_holds_sampling_error_and_truncation():
     for level in (0, 1, 95):
         with pytest.raises(ConfigurationError, match="`level`"):
             prediction.interval(level)
+
+
+def test_interval_of_a_value_that_is_not_finite_is_the_whole_line():
+    value, half = torch.tensor([1.0, torch.inf, -torch.inf, 1.0]), torch.tensor([0.5, torch.inf, 1.0, torch.inf])
+    zero = torch.zeros(4)
+    low, high = Prediction(zero, value, value, half, value[None], zero, torch.tensor(False), value).interval()
+    assert low[1:].tolist() == [-torch.inf] * 3
+    assert high[1:].tolist() == [torch.inf] * 3
+    assert low[0] < 1 < high[0]
 
 
 def test_a_lower_degree_is_the_head_of_the_series():

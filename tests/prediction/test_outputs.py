@@ -178,6 +178,11 @@ class Twice(Forward):
         return self.net(x) + self.net(x)
 
 
+class Pair(Forward):
+    def forward(self, x, target):
+        return self.net(x)
+
+
 class Deep(Forward):
     def forward(self, x):
         return self.net(x)[:, None, :].expand(-1, 2, -1)
@@ -213,6 +218,7 @@ X, Y = TEST
         (Unused, "embedding:net", TEST, "`output='embedding:net'`: the submodule was called 0 times"),
         (Twice, "embedding:net", TEST, "was called 2 times"),
         (Forward, "logits", None, "`batches`: the output 'logits' needs a batch"),
+        (Pair, "logits", TEST, r"calls `forward` with the inputs `x` of the batch alone, but it takes \(x, target\)"),
         (Forward, "parameter:net.0.bias", TEST, "`batches`: the output 'parameter:net.0.bias' needs no batch"),
     ],
 )
@@ -341,6 +347,11 @@ def test_augmentation_repeats_itself_where_it_can(sharded):
             r"`output` has the shapes \[\(1,\)",
         ),
         (DataLoader(TensorDataset(X, Y), 4), lambda m, b: m(b[0]).mean(0), "`output` must return .* examples .4."),
+        (
+            DataLoader(TensorDataset(X, Y), 4),
+            lambda m, b: m(b[0]).repeat(5, 1),
+            r"shape \(20, 3\): undo its flattening by `.unflatten\(0, \(4, -1\)\)`",
+        ),
     ],
 )
 def test_dataloaders_that_can_not_be_streamed_are_refused(sharded, batches, output, message):

@@ -16,9 +16,9 @@ from lightning_sketch.jets.tensor import JetTensor, block_of, jet
 aten = torch.ops.aten
 
 
-def apply(x: JetTensor, statement: Statement, primal: Tensor | None = None) -> JetTensor:
-    """``y = f(x)``."""
-    y0, block = evaluate(statement, x.primal, x.coefficients)
+def apply(x: JetTensor, statement: Statement, primal: Tensor | None = None, relative: bool = False) -> JetTensor:
+    """``y = f(x)``; ``relative`` as in :func:`evaluate`."""
+    y0, block = evaluate(statement, x.primal, x.coefficients, relative)
     return jet(y0 if primal is None else primal, block, x.lead)
 
 
@@ -41,12 +41,12 @@ def times(grad: Any, x: Any, statement: Statement) -> Any:
     return jet(grad.primal * y[0], block, x.lead)
 
 
-def unary(op: Any, statement: Statement) -> None:
-    """Register a function of one variable."""
+def unary(op: Any, statement: Statement, relative: bool = False) -> None:
+    """Register a function of one variable; ``relative`` as in :func:`evaluate`."""
 
     @jet_rule(op)
     def unary_rule(x: JetTensor) -> JetTensor:
-        return apply(x, statement, op(x.primal))
+        return apply(x, statement, op(x.primal), relative)
 
 
 def exp(x: Series, value: Tensor | None = None) -> Series:
@@ -118,9 +118,6 @@ for _op, _statement in (
     (aten.exp.default, exp),
     (aten.exp2.default, lambda x: exp(x * math.log(2))),
     (aten.expm1.default, expm1),
-    (aten.log.default, log),
-    (aten.log2.default, lambda x: log(x) * (1 / math.log(2))),
-    (aten.log10.default, lambda x: log(x) * (1 / math.log(10))),
     (aten.log1p.default, log1p),
     (aten.sin.default, sin),
     (aten.cos.default, cos),
@@ -135,3 +132,10 @@ for _op, _statement in (
     (aten.atanh.default, atanh),
 ):
     unary(_op, _statement)
+
+for _op, _statement in (
+    (aten.log.default, log),
+    (aten.log2.default, lambda x: log(x) * (1 / math.log(2))),
+    (aten.log10.default, lambda x: log(x) * (1 / math.log(10))),
+):
+    unary(_op, _statement, relative=True)

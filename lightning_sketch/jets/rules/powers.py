@@ -24,9 +24,10 @@ def natural_power(x: Series, n: int) -> Series:
 
 
 def real_power(x: Series, p: Any) -> Series:
-    """``y' = p y x' / x``; where ``x_0 = 0 < p`` the series is taken to be zero, see :meth:`Series.sqrt`."""
-    divisor = x + torch.where((x[0] == 0) & (p > 0), 1.0, 0.0)
-    return x.solve(x[0] ** p, lambda y: y * p / divisor)
+    """``x_0^p u^p``, ``u = x / x_0``, ``y' = p y u' / u``; where ``x_0 = 0 < p`` zero, see :meth:`Series.sqrt`."""
+    divisor = torch.where(x[0] == 0, 1.0, x[0])
+    u = x.like(torch.ones_like(divisor), lambda k: None if x[k] is None else x[k] / divisor)
+    return u.solve(u[0], lambda y: y * p / u) * x[0] ** p
 
 
 def power(x: Series, p: float) -> Series:
@@ -56,9 +57,9 @@ def exponential(base: Any, y: Series) -> Series:
     return exp(y * torch.where((a == 0) & (y[0] >= 0), 0.0, a.log()), value)
 
 
-unary(aten.sqrt.default, lambda x: power(x, 0.5))
-unary(aten.rsqrt.default, lambda x: power(x, -0.5))
-unary(aten.reciprocal.default, lambda x: power(x, -1))
+unary(aten.sqrt.default, lambda x: power(x, 0.5), relative=True)
+unary(aten.rsqrt.default, lambda x: power(x, -0.5), relative=True)
+unary(aten.reciprocal.default, lambda x: power(x, -1), relative=True)
 
 
 @jet_rule(aten.pow.Tensor_Scalar)
@@ -66,7 +67,8 @@ def pow_scalar(x: JetTensor, exponent: float) -> Any:
     """``y = x^p``; a square is one product."""
     if exponent == 2:
         return x * x
-    return apply(x, lambda s: power(s, exponent), torch.pow(x.primal, exponent))
+    natural = exponent >= 0 and float(exponent).is_integer()
+    return apply(x, lambda s: power(s, exponent), torch.pow(x.primal, exponent), relative=not natural)
 
 
 @jet_rule(aten.pow.Scalar)
@@ -81,7 +83,7 @@ def pow_tensor(x: Any, y: Any) -> Any:
     primal = torch.pow(primal_of(x), primal_of(y))
     if block_of(y) is None:
         base, p = x.to(primal.dtype).expand(primal.shape), primal_of(y).expand(primal.shape)
-        return apply(base, lambda s: power_by_entry(s, p, base.lead[0]), primal)
+        return apply(base, lambda s: power_by_entry(s, p, base.lead[0]), primal, relative=True)
     if block_of(x) is None:
         exponent = y.to(primal.dtype).expand(primal.shape)
         return apply(exponent, lambda s: exponential(primal_of(x), s), primal)
