@@ -2,6 +2,8 @@
 
 One real direction of degree 1, carried in one pass. The time on jets is that of `training_step` and its backward pass
 on replaced tensors, of the optimizer's step on them, and of what makes them and looks at the size of coefficients.
+Everything else is what the callback's other functions take. The run's own step takes longer between jets, which leave
+its memory out of the caches, than by itself.
 
     python examples/benchmarks/overhead.py [--blocks 62] [--steps 100] [--rounds 3]
 """
@@ -29,6 +31,16 @@ from lightning_sketch.shadow import record, update
 from lightning_sketch.shadow.jets_of_run import RunJets
 
 BATCH = 4
+KINDS = ("run", "callback", "jets")
+# What is called of the callback in every step, besides what takes the place of `training_step`.
+ENTRIES = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "_leave_step",
+    "on_train_batch_end",
+)
 
 
 class Deep(pl.LightningModule):
@@ -50,50 +62,58 @@ class Deep(pl.LightningModule):
 
 
 class Clock(pl.Callback):
-    """CPU time from the end of a batch to the end of the next, and what of it was spent on jets."""
+    """CPU time of every step from one end of a batch to the next: the run's, the callback's, and that of jets."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.on_jets: list[float] = []
-        self._on_jets = 0.0
+        self.steps: list[dict[str, float]] = []
+        self._spent = dict.fromkeys(KINDS, 0.0)
+        self._kind, self._since = KINDS[0], time.process_time()
+
+    def _turn_to(self, kind: str) -> str:
+        now, before = time.process_time(), self._kind
+        self._spent[before] += now - self._since
+        self._kind, self._since = kind, now
+        return before
 
     def on_train_batch_end(self, *_: object) -> None:
-        self.ends.append(time.process_time())
-        self.on_jets.append(self._on_jets)
-        self._on_jets = 0.0
+        self._turn_to(self._kind)
+        self.steps.append(self._spent)
+        self._spent = dict.fromkeys(KINDS, 0.0)
+
+    def timed(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            before = self._turn_to(kind)
+            try:
+                return function(*args)
+            finally:
+                self._turn_to(before)
+
+        return run
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Within, what works on coefficients is timed."""
-        call_with_tensors = record.call_with_tensors
-
-        def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any) -> Any:
-                start = time.process_time()
-                try:
-                    return function(*args)
-                finally:
-                    self._on_jets += time.process_time() - start
-
-            return run
-
+        """Within, the callback's own work and what works on coefficients are told from the run."""
+        recorded, call_with_tensors = SketchCallback._recorded, record.call_with_tensors
+        jets = [(update, "step"), *((RunJets, n) for n in ("_parameters", "_gradients_as_in_run", "_watch"))]
         with ExitStack() as stack:
-            for owner, name in (
-                (update, "step"),
-                (RunJets, "_parameters"),
-                (RunJets, "_gradients_as_in_run"),
-                (RunJets, "_watch"),
-            ):
-                stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name))))
+            for owner, name in jets:
+                stack.enter_context(mock.patch.object(owner, name, self.timed("jets", getattr(owner, name))))
+            for name in ENTRIES:
+                whole = self.timed("callback", getattr(SketchCallback, name))
+                stack.enter_context(mock.patch.object(SketchCallback, name, whole))
+            own_step = self.timed(
+                "callback", lambda c, t, m, step, args: recorded(c, t, m, self.timed("run", step), args)
+            )
+            stack.enter_context(mock.patch.object(SketchCallback, "_recorded", own_step))
             replaced = mock.patch.object(
-                record, "call_with_tensors", lambda module, tensors, f: call_with_tensors(module, tensors, timed(f))
+                record, "call_with_tensors", lambda places, t, f: call_with_tensors(places, t, self.timed("jets", f))
             )
             stack.enter_context(replaced)
             yield
 
 
-def measure(module: Deep, steps: int, callbacks: list[pl.Callback]) -> tuple[float, float]:
-    """Median milliseconds of a step, and of its jets."""
+def measure(module: Deep, steps: int, callbacks: list[pl.Callback]) -> dict[str, float]:
+    """Median milliseconds of a step's parts."""
     clock = Clock()
     trainer = pl.Trainer(
         max_epochs=1,
@@ -104,9 +124,8 @@ def measure(module: Deep, steps: int, callbacks: list[pl.Callback]) -> tuple[flo
     data = TensorDataset(torch.randn(steps * BATCH, 4), torch.randint(0, 3, (steps * BATCH,)))
     with clock.attached():
         trainer.fit(module, DataLoader(data, batch_size=BATCH))
-    warm_up = 5
-    step, jets = np.diff(clock.ends)[warm_up:], np.array(clock.on_jets)[1 + warm_up :]
-    return 1e3 * float(np.median(step)), 1e3 * float(np.median(jets))
+    warm_up = 6
+    return {kind: 1e3 * float(np.median([step[kind] for step in clock.steps[warm_up:]])) for kind in KINDS}
 
 
 def main() -> None:
@@ -123,15 +142,21 @@ def main() -> None:
     directions = np.random.default_rng(0).standard_normal((1, given.steps * BATCH)) / given.steps
     plain, tracked = [], []
     for _ in range(given.rounds):
-        plain.append(measure(Deep(given.blocks), given.steps, [])[0])
+        plain.append(measure(Deep(given.blocks), given.steps, [])["run"])
         with tempfile.TemporaryDirectory() as dirpath:
             callback = SketchCallback(dirpath, directions, 1)
             tracked.append(measure(Deep(given.blocks), given.steps, [callback]))
-    step, (total, jets) = min(plain), min(tracked)
+    step, best = min(plain), min(tracked, key=lambda parts: sum(parts.values()))
     modules, params = list(Deep(given.blocks).modules()), list(Deep(given.blocks).parameters())
     print(f"{len(modules)} modules, {len(params)} parameters.\n")
     print("| part of a tracked step | ms | plain steps |\n|---|---|---|")
-    parts = {"the plain step": step, "jets": jets, "overhead": total - jets - step, "together": total}
+    parts = {
+        "the plain step, by itself": step,
+        "the plain step between jets": best["run"],
+        "jets": best["jets"],
+        "everything else": best["callback"],
+        "together": sum(best.values()),
+    }
     for part, milliseconds in parts.items():
         print(f"| {part} | {milliseconds:.2f} | {milliseconds / step:.2f} |")
 

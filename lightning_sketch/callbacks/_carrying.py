@@ -28,7 +28,7 @@ from lightning_sketch.shadow.planning import StepSize, check_memory, directions_
 from lightning_sketch.shadow.quiet import Start, quiet
 from lightning_sketch.shadow.ranks import BufferSync, Ranks
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step, share_records
-from lightning_sketch.shadow.update import Counts, OptimizerSnapshot, ask_counts, count_state_tensors
+from lightning_sketch.shadow.update import Counts, MadeStep, OptimizerSnapshot, ask_counts, count_state_tensors
 from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting, Normalization, PerExampleLoss
 from lightning_sketch.shadow.wrapping import check_optimizers, check_start, check_trainer, refuse_averaging
@@ -403,7 +403,6 @@ class CarriesJets(AroundTrainingStep):
         snapshot = self._follow(module, lambda snapshot, records: self._carry(trainer, module, snapshot, records))
         if snapshot is None:
             return
-        self._tracked.note(dict(zip(snapshot.copies.values, snapshot.held, strict=True)))
         self._tracked.note(_state(snapshot.optimizer, self._names))
         self._steps += 1
         self._after_step(module, snapshot.optimizer)
@@ -440,6 +439,8 @@ class CarriesJets(AroundTrainingStep):
         """Carry the coefficients through one step."""
         original, readings, step = self._original, self._readings, self._steps
         assert original is not None
+        with lost_without_memory(step):
+            made = MadeStep.capture(snapshot)
 
         def clip(twin: Optimizer) -> None:
             value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
@@ -448,10 +449,11 @@ class CarriesJets(AroundTrainingStep):
         def advance(block: RunJets, start: Start) -> None:
             params = block.advance(start, module, original, self.weighting, records, snapshot, clip, step, readings)
             with lost_without_memory(step):
-                check_update(params, snapshot, step, readings)
+                check_update(params, snapshot, made, step, readings)
 
         self._counts = ask_counts(snapshot.optimizer, self._names, readings)
         self._in_passes(module, advance)
+        self._tracked.note(dict(zip(snapshot.copies.values, snapshot.held, strict=True)), made.params)
 
     def _skip(self, module: pl.LightningModule, snapshot: OptimizerSnapshot, records: list[StepRecord]) -> None:
         """Carry the coefficients through a step without an update."""

@@ -15,7 +15,7 @@ from lightning_sketch.jets.tensor import JetTensor, primal_of
 from lightning_sketch.shadow.flat import Copies
 
 if TYPE_CHECKING:
-    from lightning_sketch.shadow.update import OptimizerSnapshot
+    from lightning_sketch.shadow.update import MadeStep, OptimizerSnapshot
 
 # How far a re-run in the same arithmetic may be from the run itself; another dropout mask or a forgotten term is off by
 # 1e-2 or more
@@ -117,7 +117,7 @@ def check_gradients(ours: Mapping[str, JetTensor | None], theirs: Copies, step: 
 
     _require(
         list(theirs.values),
-        theirs.sums(lambda mine, g: _squares(mine - g, g), again),
+        theirs.squares(lambda mine, g: [mine - g, g], theirs.join(again)),
         excess,
         "The gradient of `{}` in the re-run of `training_step` is not the run's `p.grad` at optimizer step "
         f"{step} (or is not finite): a gradient hook, another dropout mask, or a kernel with a random state of its "
@@ -126,41 +126,40 @@ def check_gradients(ours: Mapping[str, JetTensor | None], theirs: Copies, step: 
     )
 
 
-def check_update(params: Mapping[str, JetTensor], snapshot: OptimizerSnapshot, step: int, readings: Readings) -> None:
+def check_update(
+    params: Mapping[str, JetTensor], snapshot: OptimizerSnapshot, made: MadeStep, step: int, readings: Readings
+) -> None:
     """Require gradients and parameters after our step of the optimizer to be the user's, up to rounding.
 
     Args:
         params: our parameters after the step; their ``grad`` is the clipped gradient.
         snapshot: the user's optimizer before the step.
+        made: what the user's step left.
         step: number of the optimizer step.
         readings: which raises :class:`FidelityError` naming the parameter that differs.
     """
-    clipped: list[tuple[str, Tensor, Tensor]] = [
-        (name, mine.primal, g)  # type: ignore[attr-defined]
-        for (name, jet), p in zip(params.items(), snapshot.held, strict=True)
-        if (g := p.grad) is not None and (mine := jet.grad) is not None
+    before = made.gradients
+    ours = [
+        torch.zeros_like(g) if (mine := params[name].grad) is None else mine.primal  # type: ignore[attr-defined]
+        for name, g in before.values.items()
     ]
-    names, ours, of_run = map(list, zip(*clipped, strict=True)) if clipped else ([], [], [])
-    gradients = snapshot.gradients  # what is compared lies as these do
-    if names != list(gradients.values):
-        gradients = Copies(dict(zip(names, of_run, strict=True)))
-    of_gradient = _tolerances(gradients.dtypes)
+    of_gradient = _tolerances(before.dtypes)
     _require(
-        names,
-        gradients.sums(lambda mine, g, _: _squares(mine - g, g), ours, of_run),
+        list(before.values),
+        before.squares(lambda mine, g, _: [mine - g, g], before.join(ours), made.clipped),
         lambda difference, norm: difference - of_gradient * norm,
         f"The gradient of `{{}}` was changed between the backward pass and optimizer step {step} by something else "
         "than `configure_gradient_clipping` (a hook such as `on_before_optimizer_step`): clip or scale it there.",
         readings,
     )
-    dtypes = snapshot.copies.dtypes
-    tolerance, rounding = _tolerances(dtypes), 8 * _eps(dtypes)
+    copies = snapshot.copies
+    tolerance, rounding = _tolerances(copies.dtypes), 8 * _eps(copies.dtypes)
     _require(
         list(params),
-        snapshot.copies.sums(
-            lambda mine, value, before: _squares(mine - value, value - before, value),
-            [jet.primal for jet in params.values()],
-            snapshot.held,
+        copies.squares(
+            lambda mine, value, before: [mine - value, value - before, value],
+            copies.join([jet.primal for jet in params.values()]),
+            made.params,
         ),
         # relative to the update, not to the parameter: one step changes little of it
         lambda difference, moved, norm: difference - tolerance * moved - rounding * norm,
@@ -179,10 +178,6 @@ def _tolerances(dtypes: tuple[torch.dtype, ...]) -> np.ndarray:
 @lru_cache(maxsize=32)
 def _eps(dtypes: tuple[torch.dtype, ...]) -> np.ndarray:
     return np.array([torch.finfo(dtype).eps for dtype in dtypes])
-
-
-def _squares(*values: Tensor) -> list[Tensor]:
-    return [x.double().square() for x in values]
 
 
 def _require(

@@ -45,33 +45,45 @@ class Copies:
         self.values = dict(zip(tensors, copies, strict=True))
 
     @torch.no_grad()
-    def overwrite(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Copy others of the same names, if they have the same shapes, dtypes and memory order; return whether."""
+    def overwrite(self, tensors: Mapping[str, Tensor], joined: Sequence[Tensor] | None = None) -> bool:
+        """Copy others of the same names, if they have the same shapes, dtypes and memory order; return whether.
+
+        Args:
+            tensors: by name.
+            joined: what :meth:`join` gave for them, if it was asked.
+        """
         given = list(tensors.values())
         if _forms(given) != self._forms:
             return False
-        if given:
+        if joined is not None:
+            for base, flat in zip(self._bases, joined, strict=True):
+                base.copy_(flat.view_as(base))
+        elif given:
             torch._foreach_copy_(list(self.values.values()), given)
         return True
 
-    @torch.no_grad()
-    def sums(self, function: Callable[..., Sequence[Tensor]], *columns: Sequence[Tensor]) -> Tensor:
-        """Sum elementwise functions over each of the tensors.
+    @torch.inference_mode()  # takes less time than `no_grad`
+    def join(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Lay tensors of the same shapes side by side, as the copies are; one that is by itself is not copied."""
+        if len(self._groups) == 1:
+            return [_flatten_dense_tensors(tensors)]
+        return [_flatten_dense_tensors([tensors[i] for i in group]) for group in self._groups]
+
+    @torch.inference_mode()
+    def squares(self, function: Callable[..., Sequence[Tensor]], *columns: Sequence[Tensor]) -> Tensor:
+        """Sum the squares of elementwise functions over each of the tensors.
 
         Args:
-            function: is given one flat tensor of each column and of the copies; returns ``m`` tensors in float64 of the
-                same length.
-            columns: as many tensors each as there are copies, of the same shapes.
+            function: is given one flat tensor of each column and of the copies; returns ``m`` as long.
+            columns: what :meth:`join` gave.
 
         Returns:
             float64, ``(m, n)``; ``(0,)`` without tensors.
         """
-        found = []
-        for group, base in zip(self._groups, self._bases, strict=True):
-            whole = len(self._groups) == 1
-            flat = [_flatten_dense_tensors(column if whole else [column[i] for i in group]) for column in columns]
-            lengths = tuple(self._sizes[i] for i in group)
-            found.append(torch.stack([_sums_of_segments(v, lengths) for v in function(*flat, base.reshape(-1))]))
+        found = [
+            _squares(function(*flat, base.reshape(-1)), [self._sizes[i] for i in group])
+            for group, base, *flat in zip(self._groups, self._bases, *columns, strict=True)
+        ]
         if not found:
             return torch.zeros(0, dtype=torch.float64)
         if len(found) == 1:
@@ -103,11 +115,14 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
     return groups
 
 
-def _sums_of_segments(values: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    if len(lengths) == 1:
-        return values.sum()[None]
+def _squares(values: Sequence[Tensor], lengths: list[int]) -> Tensor:
+    """Sums over parts of ``m`` flat tensors, ``(m, len(lengths))``."""
+    if len(lengths) == 1:  # it may be large
+        return torch.stack([v.double().square().sum() for v in values])[:, None]
+    squares = torch.stack([*values]).double().square()
+    parts = _on_device(tuple(lengths * len(values)), squares.device)
     # `unsafe` saves a look at the lengths, which waits for the device
-    return torch.segment_reduce(values, "sum", lengths=_on_device(lengths, values.device), unsafe=True)
+    return torch.segment_reduce(squares.reshape(-1), "sum", lengths=parts, unsafe=True).reshape(len(values), -1)
 
 
 def _inverse(places: list[int]) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ class RunJets:
         ``units``, ``(B,)``, is on the device of the directions.
         """
         coefficients = torch.zeros(*self.lead, len(units), dtype=self.psi.dtype, device=self.psi.device)
-        coefficients[0] = -self.psi[:, :, units.clamp(min=0)] * (units >= 0)
+        coefficients[0] = -self.psi[:, :, units] * (units >= 0)
         ones = torch.ones(len(units), dtype=self.psi.dtype, device=self.psi.device)
         return JetTensor(ones, coefficients)
 
@@ -337,10 +337,10 @@ class RunJets:
                 "stable at this degree. Usual cures: a smaller learning rate, a lower `degree`, float64, smooth "
                 "activations, and `StableAdamW` (eps inside the root) instead of Adam."
             )
-        wanted = self.exponents + choose_shift(largest, self.psi.dtype)
-        shift = wanted.clip(-MAX_EXPONENT, MAX_EXPONENT) - self.exponents
+        shift = choose_shift(largest, self.psi.dtype)
         if not shift.any():
             return
+        shift = (self.exponents + shift).clip(-MAX_EXPONENT, MAX_EXPONENT) - self.exponents
         self._shift(shift)
         for blocks in self._tracked():
             for name, block in blocks.items():

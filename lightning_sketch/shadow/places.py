@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container, Iterable, Mapping
 from itertools import chain, compress
-from operator import is_, is_not, itemgetter, ne
+from operator import getitem, is_, is_not, ne, setitem
 from typing import Any, TypeVar
 
 import torch
+import torchmetrics
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -16,7 +17,7 @@ T = TypeVar("T")
 # What an empty nn.Module keeps for itself: hooks and submodules stay
 STRUCTURE = frozenset(nn.Module().__dict__) - {"training"}
 IMMUTABLE = frozenset({int, float, bool, str, bytes, complex, type(None), torch.Size, torch.dtype, torch.device})
-_STORES = itemgetter("_modules", "_parameters", "_buffers")
+_STORES = ("_modules", "_parameters", "_buffers")
 
 
 def by_name(module: nn.Module, attributes: Iterable[tuple[nn.Module, str, T]]) -> dict[str, T]:
@@ -27,6 +28,17 @@ def by_name(module: nn.Module, attributes: Iterable[tuple[nn.Module, str, T]]) -
     attributes = list(attributes)
     paths = {m: f"{path}." if path else "" for path, m in module.named_modules()} if attributes else {}
     return {f"{paths.get(owner, '')}{key}": value for owner, key, value in attributes}
+
+
+_METRICS: dict[type, bool] = {}  # isinstance is slow for abstract classes
+
+
+def is_metric(value: object) -> bool:
+    """Whether it is a metric or a collection of metrics."""
+    kind = type(value)
+    if kind not in _METRICS:
+        _METRICS[kind] = issubclass(kind, (torchmetrics.Metric, torchmetrics.MetricCollection))
+    return _METRICS[kind]
 
 
 class Places:
@@ -44,6 +56,7 @@ class Places:
         params: ``dict(module.named_parameters())``.
         buffers: ``dict(module.named_buffers())``.
         tensors: both.
+        metrics: those of the modules that are metrics.
         attributes: every attribute but hooks, submodules, parameters and buffers, as owner and name.
         values: of the attributes, when they were last looked at.
     """
@@ -53,17 +66,21 @@ class Places:
         self.modules = list(module.modules())
         self.params, self.buffers = dict(module.named_parameters()), dict(module.named_buffers())
         self.tensors = {**self.params, **self.buffers}
+        self.metrics: list[Any] = [m for m in self.modules if is_metric(m)]
         self._owners = [m.__dict__ for m in self.modules]
         self._sizes = list(map(len, self._owners))
         self._own = [[key for key in owner if key not in STRUCTURE] for owner in self._owners]
         self.attributes = [(m, key) for m, own in zip(self.modules, self._own, strict=True) for key in own]
-        self._cells = [(m.__dict__, key) for m, key in self.attributes]
+        self._cells = [m.__dict__ for m, _ in self.attributes], [key for _, key in self.attributes]
         self.values = self._read()
+        self._mutable: list[tuple[nn.Module, str, Any]] | None = None  # made when it is asked for
+        self._store_cells = [owner for owner in self._owners for _ in _STORES], _STORES * len(self.modules)
         self._filled = self._stores()
         self._lengths = list(map(len, self._filled))
         self._keys = [*chain.from_iterable(self._filled)]
         self._held = [*chain.from_iterable(map(dict.values, self._filled))]
-        self._without_params: list[Any] = [store for m in self.modules for store in (m._modules, m._buffers)]
+        others: list[Any] = [store for m in self.modules for store in (m._modules, m._buffers)]
+        self._others, self._no_others = [s for s in others if s], [s for s in others if not s]
         own: list[dict[str, Any]] = [store for m in self.modules for store in (m._parameters, m._buffers)]
         self._of_tensors = [store for store in own if store]
         self._tensors = list(map(dict.copy, self._of_tensors))
@@ -72,11 +89,11 @@ class Places:
         self._named = [(s, key, names[id(t)]) for s in self._of_tensors for key, t in s.items() if t is not None]
 
     def _read(self) -> list[Any]:
-        return [owner[key] for owner, key in self._cells]
+        return list(map(getitem, *self._cells))
 
     def _stores(self) -> list[dict[str, Any]]:
         """The dictionaries of submodules, parameters and buffers that are not empty."""
-        return [*filter(None, chain.from_iterable(map(_STORES, self._owners)))]
+        return [*filter(None, map(getitem, *self._store_cells))]
 
     def now(self) -> Places:
         """Return these, with the present ``values``, if nothing has moved, or else those of another walk."""
@@ -89,19 +106,31 @@ class Places:
             and all(map(is_, chain.from_iterable(map(dict.values, filled)), self._held))
         ):
             try:
-                self.values = self._read()
+                values = self._read()
             except KeyError:  # one attribute in the place of another
                 return Places(self.module)
+            changed = compress(zip(self.values, values, strict=True), map(is_not, self.values, values))
+            if not IMMUTABLE.issuperset(map(type, chain.from_iterable(changed))):
+                self._mutable = None
+            self.values = values
             return self
         return Places(self.module)
 
-    def reassigned(self) -> list[Any]:
-        """Return the submodules and buffers that are here now: those of two calls tell what was done between them."""
-        return [*chain.from_iterable(map(dict.values, filter(None, self._without_params)))]
+    def others(self) -> list[Any]:
+        """Return the submodules and buffers that are in the places now, for :meth:`reassigned`."""
+        return [*chain.from_iterable(map(dict.values, self._others))]
+
+    def reassigned(self, others: list[Any]) -> bool:
+        """Whether there are now submodules and buffers besides ``others``, or not all of these."""
+        now = self.others()
+        return any(self._no_others) or len(now) != len(others) or not all(map(is_, now, others))
 
     def mutable(self) -> list[tuple[nn.Module, str, Any]]:
         """Return the attributes whose values may be changed in place, as owner, name and value."""
-        return [(*place, v) for place, v in zip(self.attributes, self.values, strict=True) if type(v) not in IMMUTABLE]
+        if self._mutable is None:
+            pairs = zip(self.attributes, self.values, strict=True)
+            self._mutable = [(*place, v) for place, v in pairs if type(v) not in IMMUTABLE]
+        return self._mutable
 
     def read(self, names: Container[str]) -> dict[str, Tensor]:
         """Return the parameters and buffers of these names that are in their places."""
@@ -127,13 +156,12 @@ class Places:
 
     def change_values(self, values: list[Any], present: list[Any]) -> None:
         """Give the attributes other ``values``, where they have the ``present`` ones and no others have been made."""
-        for (owner, key), value in compress(zip(self._cells, values, strict=True), map(is_not, values, present)):
+        for owner, key, value in compress(zip(*self._cells, values, strict=True), map(is_not, values, present)):
             owner[key] = value
 
     def set_values(self, values: list[Any]) -> None:
         """Give the attributes earlier ``values``, and delete those that have been made since."""
-        for (owner, key), value in zip(self._cells, values, strict=True):
-            owner[key] = value
+        deque(map(setitem, *self._cells, values), maxlen=0)
         changed = map(ne, map(len, self._owners), self._sizes)
         for owner, own in compress(zip(self._owners, self._own, strict=True), changed):
             for key in owner.keys() - STRUCTURE.union(own):

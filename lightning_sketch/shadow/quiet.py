@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sketch.errors import ConfigurationError
-from lightning_sketch.shadow.places import IMMUTABLE, Places, by_name
+from lightning_sketch.shadow.places import IMMUTABLE, Places, by_name, is_metric
 
 CONTAINERS = (list, dict, set, deque)
 _WORLD = (nn.Module, Dataset, DataLoader, pl.LightningDataModule, pl.Callback)
@@ -70,7 +70,6 @@ class ModuleState:
 
     def __init__(self, places: Places) -> None:
         self.places = places
-        self.metrics: list[torchmetrics.Metric | torchmetrics.MetricCollection] = []  # submodules
         self.held_metrics: list[torchmetrics.Metric | torchmetrics.MetricCollection] = []  # in plain containers
         self.tensors: list[tuple[nn.Module, str, Tensor, int]] = []  # with owner, attribute and version
         self._values = places.values
@@ -84,9 +83,8 @@ class ModuleState:
             "torch",
             "builtins",
         }
-        self.metrics = [m for m in places.modules if _is_metric(m)]  # type: ignore[misc]
         for m, key, value in places.mutable():
-            if not _is_metric(m):
+            if not is_metric(m):
                 self._remember(value, m, key)
 
     def _remember(self, value: Any, owner: nn.Module, key: str) -> None:
@@ -95,7 +93,7 @@ class ModuleState:
             if not value.is_inference():
                 self.tensors.append((owner, key, value, value._version))
             return
-        if _is_metric(value):
+        if is_metric(value):
             self.held_metrics.append(value)
             return
         if id(value) in self._seen:
@@ -181,16 +179,6 @@ def _set_bit_generator(generator: np.random.Generator, state: Any) -> Callable[[
     return restore
 
 
-_KINDS: dict[type, bool] = {}  # isinstance is slow for abstract classes, and asked of every attribute of every module
-
-
-def _is_metric(value: object) -> bool:
-    kind = type(value)
-    if kind not in _KINDS:
-        _KINDS[kind] = issubclass(kind, (torchmetrics.Metric, torchmetrics.MetricCollection))
-    return _KINDS[kind]
-
-
 def _silence(metric: torchmetrics.Metric | torchmetrics.MetricCollection) -> Callable[..., Any]:
     zero = torch.zeros(())
     value: Any = zero
@@ -229,7 +217,7 @@ def quiet(places: Places, device: torch.device) -> Iterator[Start]:
     present_random = RandomState.capture(device)
     present_module = ModuleState(places.now())
     module: Any = places.module
-    metrics = [*present_module.metrics, *present_module.held_metrics]
+    metrics = [*present_module.places.metrics, *present_module.held_metrics]
     present_held = [ModuleState(Places(m)) for m in present_module.held_metrics]
     trainer: Any = getattr(module, "_trainer", None)
     loggers = list(trainer.loggers) if trainer is not None else []

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from operator import is_
 from typing import Any, TypeVar
 
 import numpy as np
@@ -173,10 +172,10 @@ class TrackedTensors:
         self.values: dict[str, Tensor] = {}
         self._copies: dict[tuple[str, ...], Copies] = {}  # of tensors that are looked at together, by their names
 
-    def note(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy what a tracked operation has just left, over what was there."""
+    def note(self, tensors: Mapping[str, Tensor], joined: Sequence[Tensor] | None = None) -> None:
+        """Copy what a tracked operation has just left, over what was there; ``joined`` as the copies are, if known."""
         copies = self._copies.get(tuple(tensors))
-        if copies is None or not copies.overwrite(tensors):
+        if copies is None or not copies.overwrite(tensors, joined):
             self._keep(tensors)
 
     def copies_of(self, names: Iterable[str]) -> Copies:
@@ -216,7 +215,7 @@ class TrackedTensors:
         if not known:
             return
         copies = self.copies_of(known)
-        changed = copies.sums(_differs, [tensors[name] for name in known])
+        changed = copies.squares(_differs, copies.join([tensors[name] for name in known]))
 
         def judge(changed: np.ndarray) -> None:
             if not changed.any():
@@ -232,7 +231,7 @@ class TrackedTensors:
 
 
 def _differs(a: Tensor, b: Tensor) -> list[Tensor]:
-    return [((a != b) & ((a == a) | (b == b))).double()]  # a NaN that stays one does not
+    return [(a != b) & ((a == a) | (b == b))]  # a NaN that stays one does not
 
 
 def call_with_tensors(places: Places, tensors: dict[str, Tensor], function: Callable[[], Any]) -> Any:
@@ -249,10 +248,9 @@ def call_with_tensors(places: Places, tensors: dict[str, Tensor], function: Call
     """
     try:
         places.put(tensors)
-        before = places.reassigned()
+        others = places.others()
         result = function()
-        after = places.reassigned()
-        if len(before) != len(after) or not all(map(is_, before, after)):
+        if places.reassigned(others):
             tensors.update(places.module.named_buffers())
         return result
     finally:

@@ -56,13 +56,13 @@ def choose_shift(largest: np.ndarray, dtype: torch.dtype) -> np.ndarray:
         dtype: of the coefficients.
     """
     limit = _bits(dtype) // 3
-    lossless = math.log2(torch.finfo(dtype).tiny / torch.finfo(dtype).eps)
-    orders = np.arange(1, len(largest) + 1)[:, None]
     known = largest > 0
-    logs = np.log2(largest, out=np.zeros_like(largest), where=known)
-    above, below = (logs > limit).any(axis=0), (logs < -limit)[1:].any(axis=0)
+    above, below = (largest > 2.0**limit).any(axis=0), (known & (largest < 2.0**-limit))[1:].any(axis=0)
     if not (above | below).any():
         return np.zeros(largest.shape[1], dtype=np.int64)
+    lossless = math.log2(torch.finfo(dtype).tiny / torch.finfo(dtype).eps)
+    orders = np.arange(1, len(largest) + 1)[:, None]
+    logs = np.log2(largest, out=np.zeros_like(largest), where=known)
 
     def largest_below(log: float) -> np.ndarray:
         """The largest shift that keeps all orders at or below ``2^log``; infinite where all are zero."""

@@ -113,6 +113,31 @@ class OptimizerSnapshot:
         return cls(optimizer, groups, held, copies, trainable, state, of_gradients, random_state, module_state)
 
 
+@dataclass(frozen=True)
+class MadeStep:
+    """What the user's step of the optimizer left, side by side, to be captured before work on jets fills the caches.
+
+    Attributes:
+        gradients: copies of the gradients before clipping, of the parameters that have one after the step, too.
+        clipped: these after the step, joined as ``gradients`` are.
+        params: all parameters after it, joined as the copies of the snapshot are.
+    """
+
+    gradients: Copies
+    clipped: list[Tensor]
+    params: list[Tensor]
+
+    @classmethod
+    def capture(cls, snapshot: OptimizerSnapshot) -> MadeStep:
+        """Take note of what has just been left; tensors that are not worth a copy are not copied."""
+        held = zip(snapshot.copies.values, snapshot.held, strict=True)
+        gradients = snapshot.gradients
+        clipped = {name: g for name, p in held if (g := p.grad) is not None and name in gradients.values}
+        if len(clipped) != len(gradients.values):
+            gradients = Copies({name: gradients.values[name] for name in clipped})
+        return cls(gradients, gradients.join(list(clipped.values())), snapshot.copies.join(snapshot.held))
+
+
 def ask_counts(optimizer: Optimizer, names: Mapping[int, str], readings: Readings) -> Counts:
     """Ask for the numbers that an optimizer keeps on the device, such as the step counts of fused kernels.
 

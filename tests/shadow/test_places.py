@@ -67,7 +67,7 @@ def test_present_values_are_those_of_the_attributes():
     assert dict(zip(places.attributes, places.values, strict=True))[module, "count"] == 3
 
 
-def test_sums_are_those_of_each_tensor():
+def test_sums_of_squares_are_those_of_each_tensor():
     """Oracle: numpy, tensor by tensor; of two dtypes, one tensor not contiguous, one empty, one too large to join."""
     rng = np.random.default_rng(0)
     arrays = {
@@ -88,11 +88,14 @@ def test_sums_are_those_of_each_tensor():
     assert copies.values["c"].stride() == tensors["c"].stride()
     assert all(copies.values[name].data_ptr() != t.data_ptr() for name, t in tensors.items() if t.numel())
     others = {name: 2 * t + 1 for name, t in tensors.items()}
-    found = copies.sums(lambda a, b: [(a - b).double(), b.double()], list(others.values())).numpy()
-    expected = [[(a + 1).sum(dtype=np.float64), a.sum(dtype=np.float64)] for a in arrays.values()]
+    found = copies.squares(lambda a, b: [a - b, b], copies.join(list(others.values()))).numpy()
+    expected = [[np.square(v, dtype=np.float64).sum() for v in (a + 1, a)] for a in arrays.values()]
     np.testing.assert_allclose(found.T, expected, rtol=1e-5, atol=1e-3)
     assert copies.overwrite(others)
     assert all(torch.equal(copies.values[name], t) for name, t in others.items())
+    assert copies.overwrite(tensors, copies.join(list(tensors.values())))
+    assert all(torch.equal(copies.values[name], t) for name, t in tensors.items())
+    assert copies.overwrite(others)
     for changed in (torch.zeros(1, 3), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 2).T):
         assert not copies.overwrite({**others, "a": changed})
     assert torch.equal(copies.values["a"], others["a"])
