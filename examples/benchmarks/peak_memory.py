@@ -20,7 +20,6 @@ import lightning.pytorch as pl
 import torch
 from models import CASES, train
 
-import lightning_sketch.callbacks.sketch as callback
 from lightning_sketch import SketchCallback
 
 UNITS = 8
@@ -49,14 +48,7 @@ def fit(
     name: str, device: str, steps: int, degree: int, directions: int, per_pass: int | Literal["auto"], real: bool
 ) -> dict[str, int]:
     """Train for some steps, tracked unless there are no directions; return bytes planned and measured."""
-    planned = [0]
-    check = callback.check_memory
-
-    def noted(*args: Any, **kwargs: Any) -> int:
-        planned.append(check(*args, **kwargs))
-        return planned[-1]
-
-    callback.check_memory = noted  # type: ignore[assignment]
+    planned = 0
     pl.seed_everything(0, verbose=False)
     case = CASES[name]()
     examples = torch.arange(steps * len(case.inputs))
@@ -67,9 +59,12 @@ def fit(
         if directions:
             along = torch.randn(directions, UNITS, dtype=torch.float64 if real else torch.complex128).numpy()
             units = (examples % UNITS).tolist()
-            callbacks.append(SketchCallback(dirpath, along, degree, units=units, directions_per_pass=per_pass))
+            tracked = SketchCallback(dirpath, along, degree, units=units, directions_per_pass=per_pass)
+            callbacks.append(tracked)
         train(case, rows, callbacks, "gpu" if device == "cuda" else "cpu")
-    return {"planned": planned[-1], "steps": before_writing.peak, "whole": peak(device)}
+        if directions:
+            planned = tracked.planned_bytes or 0
+    return {"planned": planned, "steps": before_writing.peak, "whole": peak(device)}
 
 
 def in_a_process(*args: Any) -> dict[str, int]:

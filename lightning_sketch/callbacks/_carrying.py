@@ -28,7 +28,14 @@ from lightning_sketch.shadow.planning import StepSize, check_memory, directions_
 from lightning_sketch.shadow.quiet import Start, quiet
 from lightning_sketch.shadow.ranks import BufferSync, Ranks
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step, share_records
-from lightning_sketch.shadow.update import Counts, MadeStep, OptimizerSnapshot, ask_counts, count_state_tensors
+from lightning_sketch.shadow.update import (
+    Counts,
+    MadeStep,
+    OptimizerSnapshot,
+    ask_counts,
+    count_state_tensors,
+    is_trained,
+)
 from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting, Normalization, PerExampleLoss
 from lightning_sketch.shadow.wrapping import check_optimizers, check_start, check_trainer, refuse_averaging
@@ -165,6 +172,9 @@ class CarriesJets(AroundTrainingStep):
         """Say what the directions that were drawn will cost."""
         raise NotImplementedError
 
+    def _announce_memory(self, needed: int, passes: int) -> None:
+        """Say what the first batch has shown: bytes at the peak, and passes a step, of this process."""
+
     def _after_step(self, module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Called when the jets have been carried through a step."""
 
@@ -205,7 +215,9 @@ class CarriesJets(AroundTrainingStep):
         assert optimizer is not None
         records = self._shared(self._records)
         of_run = TrackedTensors()
-        snapshot = OptimizerSnapshot.capture(optimizer, self._names, self._tracked, of_run, places, self._counts)
+        snapshot = OptimizerSnapshot.capture(
+            optimizer, self._names, self._tracked, of_run, places, self._counts, records[-1].buffers
+        )
         blocks = [copy.copy(block) for block in self._blocks]
         with quiet(places, module.device) as start:
             for block in blocks:
@@ -280,7 +292,8 @@ class CarriesJets(AroundTrainingStep):
             for parts in rows
         }
         counts = {parts: len(r) for parts, r in rows.items()}
-        check_memory(step, counts, sizes, self.degree, module.device, self._units.num_units, ranks.on_device)
+        needed = check_memory(step, counts, sizes, self.degree, module.device, self._units.num_units, ranks.on_device)
+        self._announce_memory(needed, sum(-(-count // sizes[parts]) for parts, count in counts.items()))
         for parts, size in sizes.items():
             for start in range(0, len(rows[parts]), size):
                 yield self._make_block(rows[parts][start : start + size], module)
@@ -306,15 +319,19 @@ class CarriesJets(AroundTrainingStep):
         if synchronized and not self._ranks.is_first:
             self._tracked.note(places.buffers)  # which the first process has checked
         held, others = _split(trainer.optimizers[0], tensors)
-        self._tracked.check(held, self._steps, self._readings)
-        self._tracked.check(others, self._steps, self._readings)
-        buffers = {name: self._tracked.values[name].clone() for name in others}
+        frozen = {name: t for name, t in others.items() if name in places.params and not t.requires_grad}
+        rest = {name: t for name, t in others.items() if name not in frozen}
+        for part in (held, frozen, rest):
+            self._tracked.check(part, self._steps, self._readings)
+        values = self._tracked.values
+        buffers = {name: values[name] if name in frozen else values[name].clone() for name in others}
         units = self._units.of_batch(args[0]).to(module.device, non_blocking=True)
         micro_batches = trainer.accumulate_grad_batches * self._ranks.size
         outputs, self._pending = record_step(places, step, args, units, buffers, micro_batches)
         if self._pending is not None:  # what a step without a loss leaves there has no coefficients
             self._pending.foreign = self._attributes.changed(self._pending.module_state)
             self._pending.synchronized = synchronized
+            self._pending.constant = frozenset(frozen)
             self._pending.left = self._attributes.note(self._look())
         return outputs
 
@@ -332,7 +349,11 @@ class CarriesJets(AroundTrainingStep):
         assert places is not None
         moved = places is not self._pending.module_state.places
         others = _split(trainer.optimizers[0], places.tensors)[1] if moved else self._pending.buffers
-        self._tracked.note(places.read(others))
+        present, frozen = places.read(others), self._pending.constant
+        self._tracked.note({name: t for name, t in present.items() if name not in frozen})
+        self._pending.constant = self._tracked.note_changed(
+            {n: present[n] for n in others if n in frozen and n in present}
+        )
         scaler = _scaler(trainer)
         if scaler is not None:  # a gradient is the mean over processes, as ours is by division of the loss
             count = torch.full((), self._ranks.size, dtype=torch.float32, device=pl_module.device)
@@ -377,7 +398,13 @@ class CarriesJets(AroundTrainingStep):
             assert self._places is not None
             self._tracked.check(_state(optimizer, self._names), self._steps, self._readings)
             self._snapshot = OptimizerSnapshot.capture(
-                optimizer, self._names, self._tracked, self._gradients, self._places, self._counts
+                optimizer,
+                self._names,
+                self._tracked,
+                self._gradients,
+                self._places,
+                self._counts,
+                self._records[-1].buffers,
             )
 
     def _enter_step(self) -> None:
@@ -580,9 +607,9 @@ def _scaler(trainer: pl.Trainer) -> Any:
 
 
 def _split(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Those that the optimizer holds, in its order, and the others."""
+    """Those that the optimizer changes, in its order, and the others: it may hold some that are not trained."""
     names = {id(t): name for name, t in tensors.items()}
-    held = [names.pop(id(p), None) for group in optimizer.param_groups for p in group["params"]]
+    held = [names.pop(id(p), None) for group in optimizer.param_groups for p in group["params"] if is_trained(p)]
     return {name: tensors[name] for name in held if name is not None}, {name: tensors[name] for name in names.values()}
 
 

@@ -77,6 +77,10 @@ class SketchCallback(CarriesJets):
         on_instability: what to do when the loss or the coefficients are not finite any more, or memory does not suffice
             for one direction: ``"warn"`` gives up the sketch and lets training go on, ``"stop"`` raises.
 
+    Attributes:
+        planned_bytes: expected at the peak beside the model and its training, on this process; ``None`` before the
+            first batch, on which it is measured.
+
     Raises:
         ConfigurationError: in the constructor, in ``setup`` or on the first batch, naming what is not supported.
         FidelityError: during training, if the tracked run is not the user's run.
@@ -125,6 +129,7 @@ class SketchCallback(CarriesJets):
         self.features = features
         self.seed = seed
         self.every_n_train_steps = every_n_train_steps
+        self.planned_bytes: int | None = None
 
     @override
     def _forget(self) -> None:
@@ -212,6 +217,14 @@ class SketchCallback(CarriesJets):
                 "or use another `design` ('indicator' for deletion sets known in advance, 'basis+common' for few "
                 "units, 'gradient' for single examples)."
             )
+
+    @override
+    def _announce_memory(self, needed: int, passes: int) -> None:
+        self.planned_bytes = needed
+        rank_zero_info(
+            f"{self._name}: {passes} {'pass' if passes == 1 else 'passes'} a step; up to about {_bytes(needed)} of "
+            "memory beside the model and its training."
+        )
 
     @override
     def _after_step(self, module: pl.LightningModule, optimizer: Optimizer) -> None:

@@ -416,7 +416,7 @@ def write_block(target: JetTensor, block: Tensor | None, *, fresh: bool) -> None
     if block is None:
         if target.block is not None:
             target.block.zero_()
-    elif target.block is None and fresh and _fits(block, target):
+    elif target.block is None and fresh and _fits(block, target) and isinstance(target._cell, list):
         target._cell[0] = arrange(block, target.primal)
     else:
         target.coefficients.copy_(block)

@@ -48,8 +48,8 @@ class JetTensor(torch.Tensor):
     primal: Tensor
     lead: Lead
     # One cell per storage, shared by aliases of the whole tensor. None stands for coefficients that are all zero and
-    # not yet allocated: what a factory such as `zeros_like` or a dropout mask gives.
-    _cell: list[Tensor | None]
+    # not yet allocated: those of a factory such as `zeros_like`, of a dropout mask, of a parameter that is not trained.
+    _cell: list[Tensor | None] | ViewCell
     # Set by the registry, whose rules are written in terms of this class.
     rule_of: ClassVar[Callable[[Any], Callable[..., Any]]]
 
@@ -66,10 +66,7 @@ class JetTensor(torch.Tensor):
     @property
     def coefficients(self) -> Tensor:
         """Orders ``1..R`` as one real tensor ``(R, P, K, *S)``; writing into it changes this tensor."""
-        block = self._cell[0]
-        if block is None:
-            block = self._cell[0] = like_layout(self.primal, self.lead, torch.zeros)
-        return block
+        return _allocated(self._cell, self.primal, self.lead)
 
     @property
     def block(self) -> Tensor | None:
@@ -130,6 +127,47 @@ class JetTensor(torch.Tensor):
         return cls.rule_of(func)(*args, **(kwargs or {}))
 
 
+class ViewCell:
+    """The cell of a view of a tensor that has no coefficients yet: it has none either, until that tensor has.
+
+    Args:
+        base: the tensor.
+        view: the same view of a block of coefficients.
+    """
+
+    def __init__(self, base: JetTensor, view: Callable[[Tensor], Tensor]) -> None:
+        self._base, self._primal, self._lead = base._cell, base.primal, base.lead
+        self._view = view
+        self._block: Tensor | None = None
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        if self._block is None and (block := self._base[0]) is not None:
+            self._block = self._view(block)
+        return self._block
+
+    def __setitem__(self, index: int, block: Tensor) -> None:
+        self._block = block
+
+    def __reduce__(self) -> Any:
+        return list, ([self[0]],)  # a copy is a view of nothing
+
+    def allocate(self) -> Tensor:
+        """Give the base coefficients and return their view."""
+        block = self._block = self._view(_allocated(self._base, self._primal, self._lead))
+        return block
+
+
+def _allocated(cell: list[Tensor | None] | ViewCell, primal: Tensor, lead: Lead) -> Tensor:
+    """What is in a cell, after zeros have been put there if it was empty."""
+    block = cell[0]
+    if block is not None:
+        return block
+    if isinstance(cell, ViewCell):
+        return cell.allocate()
+    block = cell[0] = like_layout(primal, lead, torch.zeros)
+    return block
+
+
 def _validate(primal: Tensor, coefficients: Tensor) -> None:
     for name, value in (("primal", primal), ("coefficients", coefficients)):
         if not isinstance(value, Tensor) or isinstance(value, JetTensor) or value.layout != torch.strided:
@@ -161,7 +199,7 @@ def _leaves_torch(method: str) -> UnsupportedOperatorError:
     )
 
 
-def wrap(primal: Tensor, cell: list[Tensor | None], lead: Lead, requires_grad: bool = False) -> JetTensor:
+def wrap(primal: Tensor, cell: list[Tensor | None] | ViewCell, lead: Lead, requires_grad: bool = False) -> JetTensor:
     """Make a JetTensor of parts that are known to fit."""
     jet: JetTensor = torch.Tensor._make_wrapper_subclass(
         JetTensor,

@@ -74,7 +74,7 @@ class Copies:
         """Sum the squares of elementwise functions over each of the tensors.
 
         Args:
-            function: is given one flat tensor of each column and of the copies; returns ``m`` as long.
+            function: is given one flat tensor of each column and of the copies; returns ``m`` as long, bool or numbers.
             columns: what :meth:`join` gave.
 
         Returns:
@@ -118,7 +118,8 @@ def _groups(tensors: Sequence[Tensor]) -> list[list[int]]:
 def _squares(values: Sequence[Tensor], lengths: list[int]) -> Tensor:
     """Sums over parts of ``m`` flat tensors, ``(m, len(lengths))``."""
     if len(lengths) == 1:  # it may be large
-        return torch.stack([v.double().square().sum() for v in values])[:, None]
+        sums = [v.count_nonzero() if v.dtype == torch.bool else v.double().square().sum() for v in values]
+        return torch.stack(sums)[:, None].double()
     squares = torch.stack([*values]).double().square()
     parts = _on_device(tuple(lengths * len(values)), squares.device)
     # `unsafe` saves a look at the lengths, which waits for the device

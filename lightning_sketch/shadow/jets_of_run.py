@@ -145,7 +145,10 @@ class RunJets:
             # An override of `configure_gradient_clipping` may clip the parameters of the module
             of_module = snapshot.module_state is not None
             self.state = call_with_tensors(places, dict(params), make_step) if of_module else make_step()
+            first = not self.params
             self.params.update({name: p.block for name, p in params.items()})
+            if first:
+                self._drop_unused(theirs)
             self._watch(step, readings)
         return params
 
@@ -192,10 +195,21 @@ class RunJets:
     def _parameters(self, snapshot: OptimizerSnapshot) -> dict[str, JetTensor]:
         """The parameters before the step."""
         self._hand_over(snapshot.copies.values.keys())
-        return {
+        found = {
             name: wrap(value.clone(), [self.params.get(name)], self.lead, requires_grad=name in snapshot.trainable)
             for name, value in snapshot.copies.values.items()
         }
+        if not self.params:  # the first step: all that is trained varies, for operators without a rule to show
+            for name in snapshot.trainable:
+                _ = found[name].coefficients
+        return found
+
+    def _drop_unused(self, gradients: Mapping[str, JetTensor | None]) -> None:
+        """Keep no coefficients of parameters that the first step did not reach."""
+        for name, gradient in gradients.items():
+            block = self.params[name]
+            if gradient is None and block is not None and not block.any():
+                self.params[name] = None
 
     def _gradients(
         self,
@@ -287,9 +301,10 @@ class RunJets:
         if record.synchronized and record.rank == 0:
             self._synchronize_buffers()
         buffers = self.buffers[record.rank]
-        for name, value in record.copied_buffers().items():
+        for name, given in record.buffers.items():
             if name in params:  # it entered the optimizer after this micro-batch
                 continue
+            value = given if name in record.constant else given.clone()
             floating = value.dtype.is_floating_point
             tensors[name] = wrap(value, [buffers.get(name)], self.lead) if floating else value
         weights = self.weights(record.units)

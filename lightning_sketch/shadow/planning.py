@@ -42,6 +42,7 @@ class StepSize:
 
     Attributes:
         trained: of all trained parameters.
+        frozen: of all other parameters, and of buffers.
         state_tensors: how many tensors of a parameter's size the optimizer keeps.
         peak: of all tensors that forward and backward pass hold at a time, parameters excepted.
         largest: of the largest single tensor.
@@ -51,6 +52,7 @@ class StepSize:
     state_tensors: int
     peak: int
     largest: int
+    frozen: int = 0
 
     def state(self, measurements: int, degree: int) -> int:
         """Coefficients of parameters and optimizer state, kept all the time."""
@@ -58,7 +60,7 @@ class StepSize:
 
     def copies(self) -> int:
         """Plain values: of the run, to compare with and to start from, and those that a pass computes itself."""
-        return (5 + 3 * self.state_tensors) * self.trained + self.peak
+        return (5 + 3 * self.state_tensors) * self.trained + 2 * self.frozen + self.peak
 
     def one_pass(self, directions: int, parts: int, degree: int) -> int:
         """What one pass needs besides: activations and gradients, or in the update gradients and copies of them."""
@@ -130,7 +132,8 @@ def measure_step(
     size = trained_bytes(trained)
     held = size if record.accumulate > 1 else 0  # the gradient of the micro-batches before
     largest = max([live.largest, *(trained_bytes([p]) for p in trained)])
-    return StepSize(size, state_tensors, live.peak + held, largest)
+    frozen = sum(t.numel() * t.element_size() for t in tensors.values()) - size
+    return StepSize(size, state_tensors, live.peak + held, largest, frozen)
 
 
 def directions_per_pass(

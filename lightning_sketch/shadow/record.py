@@ -40,6 +40,7 @@ class StepRecord:
         random_state: generators at entry.
         module_state: attributes at entry.
         buffers: buffers, and parameters that the optimizer does not hold, at entry, by name; copies.
+        constant: names of those which the step left as they were, and whose copies a re-run may use themselves.
         accumulate: over how many micro-batches the gradient is averaged.
         loss: the user's loss, float64, before division by ``accumulate``.
         foreign: attributes that hold tensors which others than ``training_step`` left there since the step before.
@@ -57,6 +58,7 @@ class StepRecord:
     buffers: dict[str, Tensor]
     accumulate: int
     loss: Tensor
+    constant: frozenset[str] = frozenset()
     foreign: frozenset[str] = frozenset()
     left: Sequence[tuple[nn.Module, str]] = ()
     rank: int = 0
@@ -177,6 +179,23 @@ class TrackedTensors:
         copies = self._copies.get(tuple(tensors))
         if copies is None or not copies.overwrite(tensors, joined):
             self._keep(tensors)
+
+    def note_changed(self, tensors: Mapping[str, Tensor]) -> frozenset[str]:
+        """Copy what a tracked operation has left, if it has changed any of it, beside what was there.
+
+        Args:
+            tensors: of which a copy is known, and which rarely change.
+
+        Returns:
+            The names of those that have not changed.
+        """
+        if not tensors:
+            return frozenset()
+        copies = self.copies_of(tensors)
+        changed = copies.squares(_differs, copies.join(list(tensors.values())))[0].tolist()
+        if any(changed):
+            self._keep(tensors)
+        return frozenset(name for name, count in zip(tensors, changed, strict=True) if not count)
 
     def copies_of(self, names: Iterable[str]) -> Copies:
         """Return the copies of some, laid side by side."""

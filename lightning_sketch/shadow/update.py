@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -42,8 +42,8 @@ class OptimizerSnapshot:
 
     Attributes:
         optimizer: the user's.
-        groups: parameter groups; hyper-parameters copied, parameters by name.
-        held: the user's parameters, in the order of the groups.
+        groups: parameter groups; hyper-parameters copied, parameters by name, those left out that are not trained.
+        held: the user's parameters, in the order of the groups, likewise.
         copies: copies of their values, by name, in the same order.
         trainable: names of the parameters that require grad.
         state: state by name of the parameter, copied.
@@ -71,6 +71,7 @@ class OptimizerSnapshot:
         gradients: TrackedTensors,
         places: Places,
         counts: Counts,
+        others: Container[str],
     ) -> OptimizerSnapshot:
         """Copy what the coming step will change.
 
@@ -81,11 +82,16 @@ class OptimizerSnapshot:
             gradients: where their gradients are copied to, over those of the step before.
             places: of the user's LightningModule.
             counts: numbers of the state that are known on the CPU already.
+            others: names of parameters that the training step had as those that the optimizer does not change.
 
         Raises:
             ConfigurationError: if the optimizer holds a parameter that is not the module's.
         """
-        held: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        held_by = [
+            [p for p in group["params"] if is_trained(p) or names.get(id(p)) not in others]
+            for group in optimizer.param_groups
+        ]
+        held: list[Tensor] = [p for of_group in held_by for p in of_group]
         found = [names.get(id(p)) for p in held]
         if None in found:
             p = held[found.index(None)]
@@ -96,8 +102,8 @@ class OptimizerSnapshot:
         members = [name for name in found if name is not None]
         rest = iter(members)
         groups = [
-            {k: list(islice(rest, len(v))) if k == "params" else _copy(v) for k, v in group.items()}
-            for group in optimizer.param_groups
+            {k: list(islice(rest, len(of_group))) if k == "params" else _copy(v) for k, v in group.items()}
+            for group, of_group in zip(optimizer.param_groups, held_by, strict=True)
         ]
         state: dict[str, dict[str, Any]] = {name: {} for name in members}
         if optimizer.state:
@@ -136,6 +142,11 @@ class MadeStep:
         if len(clipped) != len(gradients.values):
             gradients = Copies({name: gradients.values[name] for name in clipped})
         return cls(gradients, gradients.join(list(clipped.values())), snapshot.copies.join(snapshot.held))
+
+
+def is_trained(p: Tensor) -> bool:
+    """Whether a step of the optimizer may change a parameter that it holds."""
+    return p.requires_grad or p.grad is not None
 
 
 def ask_counts(optimizer: Optimizer, names: Mapping[int, str], readings: Readings) -> Counts:

@@ -164,6 +164,28 @@ def test_writing_into_a_view_of_a_factory_tensor(view):
     assert base.coefficients.abs().sum() == pytest.approx(x.coefficients.abs().sum())
 
 
+@pytest.mark.parametrize("view", VIEWS)
+def test_reading_a_view_of_a_constant_gives_it_no_coefficients(view):
+    """Oracle: the product of the primals, and the coefficients of a product with an ordinary tensor."""
+    base = constant(curve(2, 3, 4).point, make(1).lead)
+    v = VIEWS[view](base)
+    x = make(*v.shape)
+    equal(v * x, v.primal * x.primal, (x * v.primal).coefficients)
+    assert base.block is None
+    assert v.block is None
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_of_a_constant_see_what_is_written_into_it_later(view):
+    """Oracle: the same view taken afterwards."""
+    base, x = constant(curve(2, 3, 4).point, make(1).lead), make(2, 3, 4)
+    v = VIEWS[view](base)
+    base.copy_(x)
+    equal(v, VIEWS[view](x).primal, VIEWS[view](x).coefficients)
+    v += v.clone()
+    assert base.coefficients.abs().sum() > x.coefficients.abs().sum()
+
+
 def test_aliases_of_a_factory_tensor_share_what_is_written_later():
     """Oracle: the value that was written."""
     base = make(3).new_zeros(3)
