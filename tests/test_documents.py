@@ -17,7 +17,8 @@ DOCUMENTS = [
 ]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:PYTHONPATH=\S+ )?python examples/[^`]+)`")
-MADE_BY_CI = ("python -m pip install",)  # the two commands of the README, which `.ci/run` executes as they are
+# The two commands of the README, which `.ci/run` executes as they are, and what the fixture runs.
+MADE_BY_CI = ("python -m pip install", "python examples/digits.py")
 LONG = ("examples/paper", "examples/benchmarks")  # minutes to an hour each: only their options are looked at
 # What README takes for given: the reader's own script.
 READERS = """
