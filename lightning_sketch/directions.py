@@ -49,7 +49,7 @@ class Directions:
         return _sha256(self.array, "<c16")
 
 
-def resolve_units(units: Sequence[int] | None, num_examples: int) -> np.ndarray:
+def resolve_units(units: Sequence[int] | np.ndarray | None, num_examples: int) -> np.ndarray:
     """Return the unit of every training example.
 
     Args:

@@ -57,7 +57,7 @@ def main() -> None:
         return
     predictor = DeletionPredictor(sketch, model, output="loss")
     effect = predictor.prepare(loader)
-    p = effect.delete(units=[1, 2])
+    p = effect.delete(units=np.array([1, 2]))
     change: Tensor = p.change
     low, high = p.interval(0.95)
     reliable: Tensor = p.reliable

@@ -56,7 +56,7 @@ class CarriesJets(AroundTrainingStep):
 
     def __init__(
         self,
-        units: Sequence[int] | None,
+        units: Sequence[int] | np.ndarray | None,
         ids: Callable[[Any], Any] | str,
         *,
         degree: int,

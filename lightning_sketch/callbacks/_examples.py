@@ -29,7 +29,7 @@ class BatchUnits:
         order: SHA-256 of the rows of all batches so far, in their order; empty before the first.
     """
 
-    def __init__(self, units: Sequence[int] | None, ids: Callable[[Any], Any] | str) -> None:
+    def __init__(self, units: Sequence[int] | np.ndarray | None, ids: Callable[[Any], Any] | str) -> None:
         self.given = units
         self.ids = ExampleIds(ids)
         self.of_example = np.zeros(0, dtype=np.int64)
@@ -85,7 +85,7 @@ class AroundTrainingStep(pl.Callback):
         ids: as in :class:`BatchUnits`.
     """
 
-    def __init__(self, units: Sequence[int] | None, ids: Callable[[Any], Any] | str) -> None:
+    def __init__(self, units: Sequence[int] | np.ndarray | None, ids: Callable[[Any], Any] | str) -> None:
         self._units = BatchUnits(units, ids)
         self._original: Callable[..., Any] | None = None
 

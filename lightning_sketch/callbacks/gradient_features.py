@@ -46,7 +46,7 @@ class GradientFeatures(pl.Callback):
         at: Sequence[float] = (0.125, 0.25, 0.5, 1.0),
         projection: int = 1024,
         *,
-        units: Sequence[int] | None = None,
+        units: Sequence[int] | np.ndarray | None = None,
         loss: Literal["auto"] | PerExampleLoss = "auto",
         seed: int = 0,
     ) -> None:

@@ -37,7 +37,7 @@ class Reweight(AroundTrainingStep):
 
     def __init__(
         self,
-        units: Sequence[int] | None = None,
+        units: Sequence[int] | np.ndarray | None = None,
         delete: Sequence[int] = (),
         *,
         weights: Sequence[float] | None = None,

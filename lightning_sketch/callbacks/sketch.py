@@ -96,7 +96,7 @@ class SketchCallback(CarriesJets):
         degree: int = 2,
         *,
         design: str = "orthonormal",
-        units: Sequence[int] | None = None,
+        units: Sequence[int] | np.ndarray | None = None,
         deletion_sets: Sequence[Sequence[int]] | None = None,
         features: str | os.PathLike[str] | None = None,
         loss: Literal["auto"] | PerExampleLoss = "auto",

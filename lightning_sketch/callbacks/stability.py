@@ -117,7 +117,7 @@ class StabilityMonitor(CarriesJets):
         output: Literal["train_loss", "val_loss"] | Callable[[Any, Any], Tensor] = "train_loss",
         *,
         tolerance: float = TOLERANCE,
-        units: Sequence[int] | None = None,
+        units: Sequence[int] | np.ndarray | None = None,
         loss: Literal["auto"] | PerExampleLoss = "auto",
         ids: Callable[[Any], Any] | str = "auto",
         normalization: Normalization = "batch",

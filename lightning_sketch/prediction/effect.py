@@ -181,9 +181,9 @@ class Effect:
 
     def delete(
         self,
-        units: Sequence[int] | None = None,
+        units: Sequence[int] | np.ndarray | None = None,
         *,
-        examples: Sequence[int] | None = None,
+        examples: Sequence[int] | np.ndarray | None = None,
         weights: ArrayLike | None = None,
         estimator: str = "auto",
         degree: int | None = None,
@@ -422,7 +422,7 @@ class Effect:
             reliable=torch.from_numpy(reliable).reshape(shape[: len(shape) - self.baseline.ndim]),
         )
 
-    def _check_units(self, units: Sequence[int]) -> np.ndarray:
+    def _check_units(self, units: Sequence[int] | np.ndarray) -> np.ndarray:
         index = _indices(units, "units")
         if len(index) and not (index.min() >= 0 and index.max() < self.num_units):
             raise ConfigurationError(f"`units` holds {units}: this sketch has units 0 to {self.num_units - 1}.")
