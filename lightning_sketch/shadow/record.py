@@ -282,12 +282,12 @@ class _LayersOfCells(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.lstm:
             return func(*args, **(kwargs or {}))
-        backend: Any = torch.backends.mkldnn
-        enabled, backend.enabled = backend.enabled, False  # `backend.flags` would set its precision too, and warn
+        enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` would set the precision too, and warn
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            backend.enabled = enabled
+            torch._C._set_mkldnn_enabled(enabled)
 
 
 @contextmanager
