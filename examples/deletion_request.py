@@ -144,8 +144,7 @@ def predict(sketch: Sketch, model: DigitClassifier, data: DigitsOfUsers, units: 
     metrics = MetricCollection({"accuracy": MulticlassAccuracy(10, average="micro")})
     found = DeletionPredictor(sketch, model, output="logits").evaluate(test, metrics, delete=units)
     losses = DeletionPredictor(sketch, model).prepare(test)
-    count = len(losses.baseline)
-    loss = losses.reduce(torch.full((count,), 1 / count, dtype=torch.float64)).delete(units)
+    loss = losses.reduce().delete(units)
 
     def effect(before: Any, after: Any, stderr: Any, truncation: Any) -> dict[str, float]:
         """Numbers of one metric; the error is one standard error, the orders left out included."""

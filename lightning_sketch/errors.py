@@ -37,3 +37,13 @@ def check_count(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigurationError(f"`{name}` is {value!r}: give a positive integer.")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse what is none of some words.
+
+    Raises:
+        ConfigurationError: naming them.
+    """
+    if value not in choices:
+        raise ConfigurationError(f"`{name}` is {value!r}: give one of {', '.join(map(repr, choices))}.")

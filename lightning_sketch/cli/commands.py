@@ -86,7 +86,7 @@ def predict(question: Question, *, delete: str, per_example: bool = False) -> An
     """
     units = question.units(delete)
     effect = question.effect()
-    mean, p = _mean(effect).delete(units=units), effect.delete(units=units)
+    mean, p = effect.reduce().delete(units=units), effect.delete(units=units)
     document = {
         **question.about(),
         "delete": units,
@@ -217,10 +217,6 @@ def plan(
     asked = {"n_units": n_units, "failure_probability": failure_probability, "deletion_size": deletion_size}
     found = {"best": plan_document(best), "alternatives": [plan_document(each) for each in best.alternatives]}
     return {**asked, "error": error, **found}, Group(table, f"* {met}.")
-
-
-def _mean(effect: Effect) -> Effect:
-    return effect.reduce(torch.full_like(effect.baseline, 1 / max(1, effect.baseline.numel())))
 
 
 def _of(effect: Effect, of: str) -> Effect:

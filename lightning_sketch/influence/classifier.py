@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.errors import ConfigurationError, check_choice
 from lightning_sketch.influence.fit import LARGEST_DENSE
 from lightning_sketch.influence.losses import LOSSES
 
@@ -65,8 +65,7 @@ def classifier_influence(
             f"`features` and `logits` have shapes {tuple(features.shape)} and {tuple(logits.shape)}: give (n, d) and "
             "(n, C) of the same n examples, at least one."
         )
-    if curvature not in CURVATURES:
-        raise ConfigurationError(f"`curvature` is {curvature!r}: give one of {', '.join(map(repr, CURVATURES))}.")
+    check_choice("curvature", curvature, CURVATURES)
     if not 0 < damping < float("inf"):
         raise ConfigurationError(f"`damping` is {damping}: give a positive number.")
     f = logits.detach().double()

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.errors import ConfigurationError
-from lightning_sketch.metrics.membership import Role, check_logits, check_role
+from lightning_sketch.errors import ConfigurationError, check_choice
+from lightning_sketch.metrics.membership import Role, check_logits
 from lightning_sketch.metrics.plotted import PlottedMetric
 
 
@@ -196,7 +196,7 @@ class UnlearningGap(PlottedMetric):
 
     def update(self, logits: Tensor, reference_logits: Tensor, targets: Tensor, role: Role) -> None:
         """Add examples of one set, ``role``."""
-        check_role(role)
+        check_choice("role", role, get_args(Role))
         check_logits(logits, targets)
         _check_pair(logits, reference_logits)
         gap = self._of(logits, targets) - self._of(reference_logits, targets)

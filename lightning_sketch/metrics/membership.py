@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_cat
 
-from lightning_sketch.errors import ConfigurationError, check_count
+from lightning_sketch.errors import ConfigurationError, check_choice, check_count
 from lightning_sketch.metrics.plotted import PlottedMetric
 
 Attack = Literal["loss", "confidence", "entropy", "modified_entropy"]
@@ -49,7 +49,7 @@ def membership_scores(logits: Tensor, targets: Tensor, attack: Attack) -> Tensor
         >>> membership_scores(logits, torch.tensor([0, 0]), "loss").exp()
         tensor([0.5000, 1.0000], dtype=torch.float64)
     """
-    check_attack(attack)
+    check_choice("attack", attack, get_args(Attack))
     check_logits(logits, targets)
     log_p, log_rest = _log_probabilities(logits.double())
     p, rest = log_p.exp(), log_rest.exp()
@@ -77,7 +77,7 @@ class _MembershipMetric(PlottedMetric):
 
     def __init__(self, attack: Attack, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_attack(attack)
+        check_choice("attack", attack, get_args(Attack))
         self.attack: Attack = attack
         self.add_state("members", [], dist_reduce_fx="cat")
         self.add_state("others", [], dist_reduce_fx="cat")
@@ -259,7 +259,7 @@ class ForgetEfficacy(PlottedMetric):
 
     def __init__(self, attack: Attack = "modified_entropy", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_attack(attack)
+        check_choice("attack", attack, get_args(Attack))
         self.attack: Attack = attack
         for role in get_args(Role):
             self.add_state(role, [], dist_reduce_fx="cat")
@@ -272,7 +272,7 @@ class ForgetEfficacy(PlottedMetric):
             targets: ``(N,)`` integers, the classes.
             role: ``"forget"``, ``"retain"`` or ``"test"``, of all of them.
         """
-        check_role(role)
+        check_choice("role", role, get_args(Role))
         getattr(self, role).append(membership_scores(logits, targets, self.attack))
 
     def compute(self) -> Tensor:
@@ -293,26 +293,6 @@ class ForgetEfficacy(PlottedMetric):
         known = np.concatenate([scores["retain"], scores["test"]])
         attacker.fit(known[:, None], np.arange(len(known)) < len(scores["retain"]))
         return torch.tensor(1 - attacker.predict(scores["forget"][:, None]).mean(), dtype=torch.float64)
-
-
-def check_attack(attack: object) -> None:
-    """Refuse an unknown attack.
-
-    Raises:
-        ConfigurationError: naming those there are.
-    """
-    if attack not in get_args(Attack):
-        raise ConfigurationError(f"`attack` is {attack!r}: give one of {', '.join(map(repr, get_args(Attack)))}.")
-
-
-def check_role(role: object) -> None:
-    """Refuse an unknown role.
-
-    Raises:
-        ConfigurationError: naming those there are.
-    """
-    if role not in get_args(Role):
-        raise ConfigurationError(f"`role` is {role!r}: give one of {', '.join(map(repr, get_args(Role)))}.")
 
 
 def check_logits(logits: object, targets: object = None, name: str = "logits") -> None:

@@ -258,7 +258,7 @@ class Effect:
         """
         return self.delete_many(np.eye(self.num_units), estimator=estimator, degree=degree)
 
-    def reduce(self, weights: Tensor) -> "Effect":
+    def reduce(self, weights: Tensor | None = None) -> "Effect":
         """Return the effect on one number, ``sum(weights * output)``, with the standard errors of that number.
 
         The errors of the entries of an output are correlated, so its standard error does not follow from theirs. An
@@ -266,11 +266,13 @@ class Effect:
         little from the weighted sum of the predictions.
 
         Args:
-            weights: ``(*out)``.
+            weights: ``(*out)``; ``None`` is the mean.
 
         Raises:
             ConfigurationError: weights of another shape, or that are not finite.
         """
+        if weights is None:
+            weights = torch.full_like(self.baseline, 1 / max(1, self.baseline.numel()))
         if not isinstance(weights, Tensor) or weights.shape != self.baseline.shape:
             given = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ConfigurationError(
@@ -373,7 +375,7 @@ class Effect:
 
     @cached_property
     def _mean(self) -> "Effect":
-        return self.reduce(torch.full_like(self.baseline, 1 / max(1, self.baseline.numel())))
+        return self.reduce()
 
     def _of(self, of: str | Tensor) -> "Effect":
         if isinstance(of, str):

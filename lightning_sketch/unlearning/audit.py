@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.metrics import (
@@ -30,7 +29,7 @@ from lightning_sketch.prediction.outputs import logits, targets_of
 from lightning_sketch.shadow.example_ids import tensors_of
 from lightning_sketch.shadow.places import Places
 from lightning_sketch.shadow.quiet import quiet
-from lightning_sketch.unlearning.protocol import Batches, check_number, norm
+from lightning_sketch.unlearning.protocol import Batches, check_number, loader_of, norm
 from lightning_sketch.unlearning.steps import check_units
 
 if TYPE_CHECKING:
@@ -391,7 +390,7 @@ def _run(module: nn.Module, batches: list[Any], model: str, name: str) -> tuple[
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     with quiet(Places(module), device), torch.no_grad():
         module.eval()
-        parts = [logits(module, batch) for batch in Batches(_loader(batches), module, name)]
+        parts = [logits(module, batch) for batch in Batches(loader_of(batches), module, name)]
     found = _two_classes(torch.cat([part.cpu().double() for part in parts]))
     given = torch.cat([targets_of(batch).cpu() for batch in batches])
     classes = given.long()
@@ -410,10 +409,6 @@ def _two_classes(values: Tensor) -> Tensor:
     return F.pad(values.reshape(-1, 1), (1, 0)) if single else values
 
 
-def _loader(batches: list[Any]) -> DataLoader:
-    return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
-
-
 def _predict(
     predictor: DeletionPredictor,
     delete: Sequence[int] | None,
@@ -430,7 +425,7 @@ def _predict(
         )
     values, deviations, reliable = {}, {}, True
     for name, batches in sets.items():
-        p = predictor.prepare(_loader(batches)).delete(units)
+        p = predictor.prepare(loader_of(batches)).delete(units)
         baseline = _two_classes(p.baseline.double())
         tolerance = torch.finfo(p.baseline.dtype).eps ** 0.5
         if not torch.allclose(baseline, original[name], rtol=tolerance, atol=tolerance):

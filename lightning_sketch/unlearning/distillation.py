@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_sketch.errors import ConfigurationError, check_count
 from lightning_sketch.prediction import DeletionPredictor
 from lightning_sketch.prediction.outputs import Output, logits
 from lightning_sketch.sketch import Sketch
-from lightning_sketch.unlearning.protocol import Batches, Outcome, Run, Unlearner, check_positive
+from lightning_sketch.unlearning.protocol import Batches, Outcome, Run, Unlearner, check_positive, loader_of
 from lightning_sketch.unlearning.steps import check_sketched, check_units
 
 
@@ -75,7 +74,7 @@ class CounterfactualDistillation(Unlearner):
         if self.inputs is not None:
             batches += list(Batches(self.inputs, run.module, "inputs"))
         predictor = DeletionPredictor(self.sketch, run.module, self.output)
-        effect = predictor.prepare(DataLoader(batches, batch_size=None, shuffle=False))  # type: ignore[arg-type]
+        effect = predictor.prepare(loader_of(batches))
         wanted = effect.delete(self.delete, degree=self.degree).value
         with torch.no_grad():
             sizes = [len(function(run.module, batch)) for batch in batches]

@@ -7,13 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.errors import ConfigurationError, check_count
+from lightning_sketch.errors import ConfigurationError, check_choice, check_count
 from lightning_sketch.unlearning.head import find_head
 from lightning_sketch.unlearning.protocol import (
     Outcome,
     Run,
     Unlearner,
-    check_choice,
     check_number,
     check_positive,
 )

@@ -10,13 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.errors import ConfigurationError, check_count
+from lightning_sketch.errors import ConfigurationError, check_choice, check_count
 from lightning_sketch.shadow.weighting import PerExampleLoss
 from lightning_sketch.unlearning.protocol import (
     Outcome,
     Run,
     Unlearner,
-    check_choice,
     check_number,
     check_positive,
     norm,

@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch.errors import check_choice
 from lightning_sketch.influence.classifier import CURVATURES, Curvature
 from lightning_sketch.unlearning.gradient_ascent import GradientAscent, Trainable, UniformWeights
 from lightning_sketch.unlearning.head import find_head, head_influence
-from lightning_sketch.unlearning.protocol import Run, check_choice, check_number, check_positive
+from lightning_sketch.unlearning.protocol import Run, check_number, check_positive
 
 Recompute = Literal["once", "epoch", "batch"]
 Weighting = Literal["influence", "shuffle", "uniform"]

@@ -326,6 +326,11 @@ def _recurrent_gradients(module: nn.Module, device: torch.device) -> AbstractCon
     return torch.backends.cudnn.flags(enabled=False) if recurrent and device.type == "cuda" else nullcontext()
 
 
+def loader_of(batches: list[Any]) -> DataLoader:
+    """Return a DataLoader of batches that are there already, in their order."""
+    return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+
+
 def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Return all parameters and buffers with their names."""
     return [*module.named_parameters(), *module.named_buffers()]
@@ -354,13 +359,3 @@ def check_positive(**numbers: object) -> None:
     """
     for name, value in numbers.items():
         check_number(name, value, lambda v: 0 < v < float("inf"), "a positive number")
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse what is none of some words.
-
-    Raises:
-        ConfigurationError: naming them.
-    """
-    if value not in choices:
-        raise ConfigurationError(f"`{name}` is {value!r}: give one of {', '.join(map(repr, choices))}.")
