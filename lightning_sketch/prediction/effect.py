@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.prediction import queries
 from lightning_sketch.prediction.estimators import FAILURE_PROBABILITY, Estimator, make_estimator
+from lightning_sketch.prediction.estimators.margins import Margins
 from lightning_sketch.prediction.influence import Influence
 from lightning_sketch.prediction.tail import resum, tail
 
@@ -48,9 +49,10 @@ class Prediction:
             may be as large as what the orders above the first change: the deletion is too large for the series, or the
             directions are too few; or if the directions hardly measure the second order of this deletion. Retrain then.
             A prediction of degree 1 can not know, and is never reliable.
-        resummed: ``(*out)``, ``value`` plus an estimate of the next order where the terms allow one
-            (:func:`~lightning_sketch.prediction.tail.resum`), else ``value``. Closer to the truth for slowly converging
-            series of many outputs; ``value`` is the plain sum, exact for a polynomial of the sketch's degree.
+        resummed: ``(*out)``, ``value`` plus an estimate of the orders left out where the terms allow one, else
+            ``value``: of losses predicted through their margins what the margins say, of other outputs the next order
+            (:func:`~lightning_sketch.prediction.tail.resum`). Closer to the truth for slowly converging series;
+            ``value`` is the plain sum, exact for a polynomial of the sketch's degree.
     """
 
     baseline: Tensor
@@ -113,6 +115,8 @@ class Effect:
         features: ``(n, q)`` float64, whose inner products are a prior covariance of the units that the kernel estimator
             may use (:meth:`~lightning_sketch.features.UnitFeatures.flattened`); or None.
         influence: of the units on the entries of the output, from which it may take a prior mean; or None.
+        losses: whether the output holds losses, which the kernel estimator then may take for functions of margins
+            (:class:`~lightning_sketch.prediction.estimators.margins.MarginEstimator`).
 
     Raises:
         ConfigurationError: shapes that do not fit each other, or numbers that are not finite.
@@ -132,6 +136,7 @@ class Effect:
         units: np.ndarray,
         features: np.ndarray | None = None,
         influence: Influence | None = None,
+        losses: bool = False,
     ) -> None:
         directions = np.asarray(directions, dtype=np.complex128)
         shape = tuple(baseline.shape)
@@ -164,6 +169,7 @@ class Effect:
         self._units = units
         self._features = features
         self._influence = influence
+        self._margins = Margins.of(baseline) if losses else None
         self._examples_per_unit = np.bincount(units[units >= 0], minlength=self.num_units)
         self._baseline = self.baseline.cpu().double().numpy().reshape(-1)
         self._flat = self.coefficients.cpu().to(torch.complex128).numpy().reshape(self.degree, len(directions), -1)
@@ -401,14 +407,24 @@ class Effect:
         key = (estimator, failure_probability)
         if key not in self._estimators:
             self._estimators[key] = make_estimator(
-                estimator, self._directions, self._flat, failure_probability, self._features, self._influence
+                estimator,
+                self._directions,
+                self._flat,
+                failure_probability,
+                self._features,
+                self._influence,
+                self._margins,
             )
-        terms, stderr = self._estimators[key].by_degree(x, int(degree))
+        expansion = self._estimators[key].expand(x, int(degree))
+        terms, stderr = expansion.terms, expansion.stderr
         profile = np.sqrt(np.mean(np.abs(self._flat[int(degree) - 1]) ** 2, axis=0))
         truncation, reliable = tail(terms, np.diff(stderr, axis=0, prepend=0).clip(0), profile)
         if degree > 1:
             reliable &= self._estimators[key].measured(x) >= LEAST_MEASURED
         change = terms.sum(axis=0)
+        beyond = resum(terms, reliable)
+        if expansion.beyond is not None:
+            beyond = np.where(reliable[:, None], expansion.beyond, 0)
 
         def tensor(array: np.ndarray, *leading: int) -> Tensor:
             return torch.from_numpy(array).reshape((*leading, *shape)).to(self.baseline)
@@ -420,7 +436,7 @@ class Effect:
             stderr=tensor(stderr[-1]),
             by_degree=tensor(np.cumsum(terms, axis=0) + self._baseline, int(degree)),
             truncation=tensor(truncation),
-            resummed=tensor(change + resum(terms, reliable) + self._baseline),
+            resummed=tensor(change + beyond + self._baseline),
             reliable=torch.from_numpy(reliable).reshape(shape[: len(shape) - self.baseline.ndim]),
         )
 

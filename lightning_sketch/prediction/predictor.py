@@ -145,7 +145,15 @@ class DeletionPredictor:
         assert baseline is not None, "a sketch has at least one direction"
         assert coefficients is not None
         features = None if self._features is None else self._features.flattened()
-        return Effect(baseline, coefficients, self.sketch.directions, self.sketch.units, features, influence)
+        return Effect(
+            baseline,
+            coefficients,
+            self.sketch.directions,
+            self.sketch.units,
+            features,
+            influence,
+            losses=self.output == "loss",
+        )
 
     def _influence(self, primal: dict[str, Tensor], batches: Any) -> Influence | None:
         """Return the influences on the output, whose displacements are still to be filled in."""

@@ -21,7 +21,8 @@ def tail(terms: np.ndarray, errors: np.ndarray, profile: np.ndarray) -> tuple[np
       of its own value (which may be small by chance) and of the deletion's ``|t_R|`` shared out by ``profile``.
     - The prediction is reliable if its error, were all orders left out of the same sign (``rho / (1 - rho)`` times the
       last term), is still below what the orders above the first change: if not, the first order alone may be as good,
-      and the series may not converge at all.
+      and the series may not converge at all. Where the ratios grow, ``rho`` is here at least the next one, were it to
+      grow by as much again: terms that fall ever more slowly do so where a series converges slowly or not at all.
 
     From one order no ratio can be had: the tail is then as large as the term, and nothing is reliable.
 
@@ -40,10 +41,13 @@ def tail(terms: np.ndarray, errors: np.ndarray, profile: np.ndarray) -> tuple[np
     if len(terms) == 1:
         return last, np.zeros(terms.shape[1], dtype=bool)
     with np.errstate(divide="ignore", invalid="ignore"):  # a term under which there is none has an infinite ratio
-        largest = np.where(sizes[1:] > 0, sizes[1:] / sizes[:-1], 0.0).max(axis=0)
+        ratios = np.where(sizes[1:] > 0, sizes[1:] / sizes[:-1], 0.0)
+        largest = ratios.max(axis=0)
         capped = np.minimum(largest, LARGEST_RATIO)
         deviation = np.where(last > 0, (largest / np.sqrt(1 - capped**2))[:, None] * last, 0.0)
-        error = np.hypot(_size(errors.sum(axis=0)), largest / (1 - capped) * sizes[-1])
+        following = np.maximum(largest, 2 * ratios[-1] - ratios[-2]) if len(ratios) > 1 else largest
+        rest = following / (1 - np.minimum(following, LARGEST_RATIO)) * sizes[-1]
+        error = np.hypot(_size(errors.sum(axis=0)), rest)
         reliable: np.ndarray = error <= _size(terms[1:].sum(axis=0))
     return deviation, reliable
 

@@ -17,12 +17,11 @@ from lightning_sketch.prediction.estimators import (
     KernelEstimator,
     MeanEstimator,
     MedianOfMeansEstimator,
-    Prior,
-    _Fit,
-    _Gram,
-    _Vectors,
     make_estimator,
+    priors,
 )
+from lightning_sketch.prediction.estimators.grams import Gram, Prior, Vectors, independent_rows
+from lightning_sketch.prediction.estimators.priors import Fit
 
 N = 6
 
@@ -231,7 +230,7 @@ def fix_prior(monkeypatch, prior):
         ("DIAGONAL_GRID", prior.diagonal),
         ("EFFECTS_GRID", prior.effects),
     ):
-        monkeypatch.setattr(estimators, name, (weight,))
+        monkeypatch.setattr(priors, name, (weight,))
 
 
 def explicit_features(vectors, r, prior, effects):
@@ -280,7 +279,8 @@ def test_kernel_equals_a_gaussian_process_in_the_explicit_feature_space(monkeypa
     tensors, x = symmetric_tensors(rng, 3), rng.standard_normal((4, N))
     psi = draw(design, count)
     coefficients = contract(tensors, psi)
-    terms, stderr = KernelEstimator(psi, coefficients).by_degree(x, 3)
+    expansion = KernelEstimator(psi, coefficients).expand(x, 3)
+    terms, stderr = expansion.terms, expansion.stderr
     effects = explicit_gp(psi, coefficients[0], np.eye(N), 1, prior)[0]
     effects *= math.sqrt(N / effects.shape[1]) / np.linalg.norm(effects, axis=0)
     expected = [explicit_gp(psi, coefficients[r - 1], x, r, prior, effects) for r in (1, 2, 3)]
@@ -290,11 +290,11 @@ def test_kernel_equals_a_gaussian_process_in_the_explicit_feature_space(monkeypa
 
 
 def fits(psi, coefficients, r, prior, effects=None):
-    """Return a ``_Fit`` on the independent measurements of an order, and their rows."""
-    gram = _Gram(_Vectors(psi, {} if effects is None else {"effects": effects}), r)
-    rows = estimators._independent_rows(gram, Prior())[0]
+    """Return a ``Fit`` on the independent measurements of an order, and their rows."""
+    gram = Gram(Vectors(psi, {} if effects is None else {"effects": effects}), r)
+    rows = independent_rows(gram, Prior())[0]
     y = np.concatenate([coefficients[r - 1].real, coefficients[r - 1].imag])[rows]
-    return _Fit.of(gram, prior, rows, rows % len(psi), y), rows, y
+    return Fit.of(gram, prior, rows, rows % len(psi), y), rows, y
 
 
 @pytest.mark.parametrize("design", ["sphere", "sphere+basis"])
@@ -345,7 +345,7 @@ def test_kernel_chooses_its_prior_as_it_says(monkeypatch, design, seed, outlier)
     """Oracle: the likelihoods of all priors of small grids in the explicit feature space, and the held-out density."""
     grids = {"COMMON_MODE_GRID": (0.0, 1.0), "DIAGONAL_GRID": (0.0, 10.0), "EFFECTS_GRID": (0.0, 3.0)}
     for name, grid in grids.items():
-        monkeypatch.setattr(estimators, name, grid)
+        monkeypatch.setattr(priors, name, grid)
     rng = np.random.default_rng(30 + seed)
     a, b = (float(seed % 2), 5.0 * seed) if outlier == 1 else (0.0, 0.0)
     tensors = with_diagonal(symmetric_tensors(rng, 8, degree=2, root=common_root(a)), rng, b)
@@ -359,11 +359,12 @@ def test_kernel_chooses_its_prior_as_it_says(monkeypatch, design, seed, outlier)
     best_of_kinds = []
     for kind in (1, 2, 3):
         weights = itertools.product(*[grid if i < kind else (0.0,) for i, grid in enumerate(grids.values())])
-        priors = [Prior(*w) for w in weights]
-        likelihoods = [explicit_gp(psi, coefficients[1], np.eye(N), 2, prior, effects)[2] for prior in priors]
-        best_of_kinds.append(priors[int(np.argmax(likelihoods))])
+        candidates = [Prior(*w) for w in weights]
+        likelihoods = [explicit_gp(psi, coefficients[1], np.eye(N), 2, prior, effects)[2] for prior in candidates]
+        best_of_kinds.append(candidates[int(np.argmax(likelihoods))])
     densities = [fits(psi, coefficients, 2, prior, effects)[0].held_out_density() for prior in best_of_kinds]
     assert chosen == best_of_kinds[int(np.argmax(densities))]
+    assert estimator.density(2) == pytest.approx(max(densities) / 8, rel=1e-9)
     if outlier > 1:
         assert chosen != best_of_kinds[-1]
 
@@ -386,7 +387,7 @@ def test_kernel_finds_what_units_do_by_themselves(monkeypatch, design):
     ours = KernelEstimator(psi, coefficients)
     terms, stderr = ours(np.eye(N), 3)
     assert ours._order(2).prior.diagonal >= 3
-    monkeypatch.setattr(estimators, "DIAGONAL_GRID", (0.0,))
+    monkeypatch.setattr(priors, "DIAGONAL_GRID", (0.0,))
     without, short = KernelEstimator(psi, coefficients)(np.eye(N), 3)
     error, error_without = np.linalg.norm(terms.sum(0) - truth), np.linalg.norm(without.sum(0) - truth)
     assert error < 0.8 * error_without
@@ -408,7 +409,7 @@ def test_kernel_finds_that_units_of_like_effects_interact(monkeypatch, outputs):
     estimator = KernelEstimator(psi, truth(psi))
     error = np.linalg.norm((estimator(x, 3)[0] - truth(x))[1])
     assert estimator._order(2).prior.effects > 0
-    monkeypatch.setattr(estimators, "EFFECTS_GRID", (0.0,))
+    monkeypatch.setattr(priors, "EFFECTS_GRID", (0.0,))
     assert error < 0.5 * np.linalg.norm((KernelEstimator(psi, truth(psi))(x, 3)[0] - truth(x))[1])
 
 
@@ -449,7 +450,8 @@ def test_kernel_error_bars_are_calibrated(design, count, a, b, r):
     tensors = with_diagonal(symmetric_tensors(rng, 3000, root=common_root(a)), rng, b * (1 + a) ** r)
     x = np.concatenate([deletions(rng, 4), rng.standard_normal((4, N))])
     psi = draw(design, count)
-    terms, stderr = KernelEstimator(psi, contract(tensors, psi)).by_degree(x, r)
+    expansion = KernelEstimator(psi, contract(tensors, psi)).expand(x, r)
+    terms, stderr = expansion.terms, expansion.stderr
     errors, bars = (terms - contract(tensors, x)[:r])[-1], np.diff(stderr, axis=0)[-1]
     informative = bars.mean(axis=1) > 1e-3
     assert informative.sum() >= 5
@@ -464,7 +466,7 @@ def test_standard_errors_of_orders_are_added():
     psi, x = draw("sphere", 8), deletions(rng, 5)
     coefficients = contract(symmetric_tensors(rng, 4), psi)
     both = KernelEstimator(psi, coefficients)
-    alone = np.diff(both.by_degree(x, 3)[1], axis=0, prepend=0)
+    alone = np.diff(both.expand(x, 3).stderr, axis=0, prepend=0)
     np.testing.assert_allclose(both(x, 3)[1], alone.sum(axis=0), rtol=1e-12)
     second = KernelEstimator(psi, coefficients * np.array([1, 1, 0])[:, None, None])(x, 3)[1]
     np.testing.assert_allclose(second, alone[:2].sum(axis=0), rtol=1e-12)
@@ -516,7 +518,7 @@ def test_a_prior_that_drowns_the_measurements_is_passed_over(monkeypatch):
     psi = np.ones((N, N), dtype=complex) + 1e-3 * np.eye(N)
     isotropic = KernelEstimator(psi, contract(tensors, psi))(x, 1)[0]
     fix_prior(monkeypatch, Prior())
-    monkeypatch.setattr(estimators, "COMMON_MODE_GRID", (0.0, 1e14))
+    monkeypatch.setattr(priors, "COMMON_MODE_GRID", (0.0, 1e14))
     np.testing.assert_allclose(KernelEstimator(psi, contract(tensors, psi))(x, 1)[0], isotropic, atol=1e-9)
     np.testing.assert_allclose(isotropic, contract(tensors, x), atol=1e-8)
 
@@ -637,8 +639,8 @@ def test_a_prior_of_features_is_that_of_rotated_units(complex_):
     psi = rng.standard_normal((count, n)) + (1j * rng.standard_normal((count, n)) if complex_ else 0)
     linear = rng.standard_normal((n, 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimators, "GRADIENTS_GRID", (weight,))
-        patch.setattr(estimators, "COMMON_MODE_GRID", (0.0,))
+        patch.setattr(priors, "GRADIENTS_GRID", (weight,))
+        patch.setattr(priors, "COMMON_MODE_GRID", (0.0,))
         kernel = KernelEstimator(psi.astype(np.complex128), (psi @ linear)[None].astype(np.complex128), features)
         x = rng.standard_normal((4, n))
         found = kernel(x, 1)[0][0]

@@ -7,7 +7,9 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from lightning_sketch.features import UnitFeatures
-from lightning_sketch.prediction.estimators import KernelEstimator, Prior, _Fit, _Gram, _Vectors
+from lightning_sketch.prediction.estimators import KernelEstimator
+from lightning_sketch.prediction.estimators.grams import Gram, Prior, Vectors
+from lightning_sketch.prediction.estimators.priors import Fit
 from lightning_sketch.prediction.influence import RIDGES, Influence
 
 N, M = 9, 5
@@ -93,7 +95,7 @@ def regressed(rng, complex_, r=1):
     rows = np.arange(len(psi) * (2 if complex_ else 1))
     y, terms = rng.standard_normal((len(rows), 4)), rng.standard_normal((3, len(rows), 4))
     terms[2] = terms[1] * (1 + 1e-9)  # two that nothing tells apart
-    fit = _Fit.of(_Gram(_Vectors(psi), r), prior, rows, rows % len(psi), y, terms)
+    fit = Fit.of(Gram(Vectors(psi), r), prior, rows, rows % len(psi), y, terms)
     stacked = np.concatenate([psi.real, psi.imag]) if complex_ else psi
     gram = stacked @ (np.eye(N) + prior.common * np.ones((N, N))) @ stacked.T
     return fit, gram, terms, y
@@ -191,10 +193,11 @@ def test_orders_of_least_squares_are_found_from_the_first_order():
     x = np.zeros((20, n))
     for row in x:
         row[rng.choice(n, 3, replace=False)] = 1
-    terms, stderr = kernel.by_degree(x, 3)
+    expansion = kernel.expand(x, 3)
+    terms, stderr = expansion.terms, expansion.stderr
     true = np.array([solve(1 - row) for row in x]) - solve(np.ones(n))
     error = [np.linalg.norm(terms[:d].sum(axis=0) - true) / np.linalg.norm(true) for d in (1, 2, 3)]
-    plain = KernelEstimator(psi, coefficients.astype(np.complex128)).by_degree(x, 3)[0].sum(axis=0)
+    plain = KernelEstimator(psi, coefficients.astype(np.complex128)).expand(x, 3).terms.sum(axis=0)
     assert error[2] < error[1] / 2 < error[0] / 4
     assert error[2] < 0.3 * np.linalg.norm(plain - true) / np.linalg.norm(true)
     assert kernel._order(2).prior.informed
