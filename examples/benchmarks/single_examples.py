@@ -25,7 +25,9 @@ SIZES = (1, 5, 20, 100)
 POINTS = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)  # of the pilot run, where its gradients are recorded
 PROJECTION = 8192
 # name -> (design, whether its directions or its prior need the gradients of a pilot run, estimator)
+METAGRADIENT = "exact first order (metagradient)"
 CASES = {
+    METAGRADIENT: ("basis", None, "kernel"),
     "sphere, mean": ("sphere", None, "mean"),
     "orthonormal, kernel": ("orthonormal", None, "kernel"),
     "orthonormal, gradient prior": ("orthonormal", "prior", "kernel"),
@@ -61,14 +63,15 @@ def main() -> None:
         study.fit(GradientFeatures(pilot, at=POINTS, projection=PROJECTION))
         for case in given.cases:
             design, gradients, estimator = CASES[case]
-            for measurements in counts:
+            for measurements in counts if case != METAGRADIENT else [len(study.train)]:
                 complex_ = design in ("sphere", "orthonormal")
                 start = time.perf_counter()
                 dirpath = Path(directory) / f"{design}-{gradients == 'design'}-{measurements}"
                 if not dirpath.exists():
                     features = pilot if gradients == "design" else None
                     count = measurements // 2 if complex_ or "common" in design else measurements
-                    module = study.fit(SketchCallback(dirpath, count, given.degree, design=design, features=features))
+                    degree = 1 if case == METAGRADIENT else given.degree
+                    module = study.fit(SketchCallback(dirpath, count, degree, design=design, features=features))
                 seconds = time.perf_counter() - start
                 predictor = DeletionPredictor(Sketch.load(dirpath), module, features=pilot if gradients else None)
                 effect = predictor.prepare(study.test)
@@ -90,6 +93,10 @@ def draw(scores: dict[str, list[tuple[int, list[float], list[float]]]], path: st
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), constrained_layout=True)
     place = SIZES.index(20)
     markers = "osD^vP"
+    metagradient = scores.pop(METAGRADIENT, [])
+    for _, lds, error in metagradient:
+        axes[0].axhline(lds[place], color="black", linestyle="--", label=METAGRADIENT)
+        axes[1].axhline(error[place], color="black", linestyle="--")
     for (case, rows), marker in zip(scores.items(), markers, strict=False):
         counts = [row[0] for row in rows]
         axes[0].plot(counts, [row[1][place] for row in rows], marker=marker, label=case)

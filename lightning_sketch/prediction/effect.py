@@ -424,6 +424,7 @@ class Effect:
         change = terms.sum(axis=0)
         beyond = resum(terms, reliable)
         if expansion.beyond is not None:
+            truncation = np.maximum(truncation, np.abs(expansion.beyond))
             beyond = np.where(reliable[:, None], expansion.beyond, 0)
 
         def tensor(array: np.ndarray, *leading: int) -> Tensor:

@@ -233,10 +233,17 @@ def fix_prior(monkeypatch, prior):
         monkeypatch.setattr(priors, name, (weight,))
 
 
+def unit_sizes(effects):
+    """Return the diagonal of ``S``: root mean squares of effects, of which 32 more are as large as the mean."""
+    return np.sqrt((effects.shape[1] * np.square(effects).sum(axis=1) + 32) / (effects.shape[1] + 32))
+
+
 def explicit_features(vectors, r, prior, effects):
-    """Return features ``phi`` with ``phi(u) . phi(v) = (u . M v)^r + b sum_i (u_i v_i)^r``: monomials, and powers."""
+    """Return features ``phi`` with ``phi(u) . phi(v) = (u . M v)^r + b sum_i (s_i u_i s_i v_i)^r``: monomials, powers."""
     n = vectors.shape[1]
-    m = np.eye(n) + prior.common * np.ones((n, n)) + (prior.effects * effects @ effects.T if r > 1 else 0)
+    sizes = unit_sizes(effects) if r > 1 else np.ones(n)
+    m = np.diag(sizes) @ (np.eye(n) + prior.common * np.ones((n, n))) @ np.diag(sizes)
+    m = m + (prior.effects * effects @ effects.T if r > 1 else 0)
     values, rotation = np.linalg.eigh(m / (1 + prior.common + (prior.effects if r > 1 else 0)))
     rotated = vectors @ rotation * np.sqrt(values)
     columns = []
@@ -245,7 +252,7 @@ def explicit_features(vectors, r, prior, effects):
         multinomial = math.factorial(r) / math.prod(math.factorial(c) for c in counts)
         columns.append(math.sqrt(multinomial) * np.prod(rotated[:, list(index)], axis=1))
     if r > 1:
-        columns += list(math.sqrt(prior.diagonal) * vectors.T**r)
+        columns += list(math.sqrt(prior.diagonal) * (vectors * sizes).T ** r)
     return np.stack(columns, axis=1)
 
 
@@ -291,7 +298,8 @@ def test_kernel_equals_a_gaussian_process_in_the_explicit_feature_space(monkeypa
 
 def fits(psi, coefficients, r, prior, effects=None):
     """Return a ``Fit`` on the independent measurements of an order, and their rows."""
-    gram = Gram(Vectors(psi, {} if effects is None else {"effects": effects}), r)
+    scale = unit_sizes(effects) if r > 1 else None
+    gram = Gram(Vectors(psi, {} if effects is None else {"effects": effects}, scale), r)
     rows = independent_rows(gram, Prior())[0]
     y = np.concatenate([coefficients[r - 1].real, coefficients[r - 1].imag])[rows]
     return Fit.of(gram, prior, rows, rows % len(psi), y), rows, y

@@ -106,6 +106,7 @@ def test_losses_of_linear_margins_need_no_measurement_of_higher_orders():
     good = prediction.reliable.numpy()
     assert good.mean() > 0.5
     np.testing.assert_allclose((prediction.resummed - prediction.baseline).numpy()[good], true[good], atol=1e-6)
+    assert (np.abs(true - prediction.change.numpy()) <= prediction.truncation.numpy() + 1e-6).all()
     plain = logistic.effect(psi, 4).delete_many(pairs)
     assert np.abs(plain.value.numpy() - logistic.losses - expected.sum(axis=0)).max() > 1e-2
 

@@ -17,7 +17,10 @@ ROUNDING = 1e-12  # part of a prior variance below which it is rounding: zero by
 class Prior:
     """Mean and covariance of the numbers ``<F_r, u^(x r)>``, the latter up to the output's own scale ``s_r^2``.
 
-    ``k(u, v) = (u . M v)^r + b sum_i (u_i v_i)^r``, ``M = (I + a 1 1^T + g Phi Phi^T + h Gamma Gamma^T) / (1+a+g+h)``.
+    ``k(u, v) = (u . M v)^r + b sum_i (S_i^2 u_i v_i)^r``,
+    ``M = (S (I + a 1 1^T) S + g Phi Phi^T + h Gamma Gamma^T) / (1 + a + g + h)``. ``S`` is diagonal: at order 1 the
+    identity, above it the size of the first-order effects of each unit, for what has twice the effect at first order
+    has four times that at the second.
 
     Args:
         common: ``a``, what all units share ("less data").
@@ -45,11 +48,14 @@ class Vectors:
     Args:
         array: ``(k, n)``, real or complex.
         maps: ``(n, q)`` each, ``Gamma`` of ``gradients`` and ``Phi`` of ``effects``, where priors use them.
+        scale: ``(n,)``, ``S``; None for ones.
     """
 
-    def __init__(self, array: np.ndarray, maps: Mapping[str, np.ndarray] | None = None) -> None:
-        self.array = array
-        self.sums = array.sum(axis=1)
+    def __init__(
+        self, array: np.ndarray, maps: Mapping[str, np.ndarray] | None = None, scale: np.ndarray | None = None
+    ) -> None:
+        self.array = array if scale is None else array * scale
+        self.sums = self.array.sum(axis=1)
         self.shared = {name: matmul(array, shared) for name, shared in (maps or {}).items()}
 
     def conj(self) -> "Vectors":

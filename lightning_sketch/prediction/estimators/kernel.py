@@ -22,6 +22,8 @@ from lightning_sketch.prediction.estimators.priors import (
 from lightning_sketch.prediction.influence import Influence
 
 _UNITS_AT_ONCE = 256
+# Outputs' worth of equal effects that are added to those of every unit, which few outputs do not tell apart.
+_EQUAL_EFFECTS = 32
 _NO_EFFECT = 1e-6  # first-order effects of an output, beside the largest, below which they may be rounding
 
 
@@ -95,7 +97,7 @@ class KernelEstimator(Estimator):
         unit = directions / self._norms
         self._directions = unit if directions.imag.any() else unit.real.copy()
         self._coefficients = coefficients if directions.imag.any() else coefficients.real
-        self._known: dict[frozenset[str], Vectors] = {}
+        self._known: dict[tuple[frozenset[str], bool], Vectors] = {}
         self._maps: dict[str, np.ndarray] = {}  # what units share, by the prior's weight of it
         if features is not None and features.any():
             self._maps["gradients"] = features * (math.sqrt(len(features)) / np.linalg.norm(features))
@@ -144,7 +146,7 @@ class KernelEstimator(Estimator):
     def _term(self, unit: np.ndarray, norms: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the term of order ``r`` of the deletions ``norms * unit`` and its standard error, ``(m, O)``."""
         order = self._order(r)
-        asked = Vectors(unit, self._used(order.prior))
+        asked = Vectors(unit, self._used(order.prior), self._scale(r))
         sizes = norms * asked.sizes(order.prior)[:, None]  # sqrt(x . M x)
         z = self._whitened(asked, r)
         term = times_power(matmul(z, order.whitened), sizes, r)
@@ -159,7 +161,7 @@ class KernelEstimator(Estimator):
         """Return the share of the second order's prior variance that the directions explain, ``(m,)``."""
         norms = np.linalg.norm(x, axis=1)[:, None]
         prior = self._order(2).prior
-        asked = Vectors(x / np.where(norms > 0, norms, 1), self._used(prior))
+        asked = Vectors(x / np.where(norms > 0, norms, 1), self._used(prior), self._scale(2))
         z, variance = self._whitened(asked, 2), asked.variance(prior, 2)
         explained: np.ndarray = np.einsum("mp,mp->m", z, z) / np.where(variance > 0, variance, 1)
         return np.where(variance > 0, explained, 1.0)
@@ -167,7 +169,7 @@ class KernelEstimator(Estimator):
     def _whitened(self, asked: "Vectors", r: int) -> np.ndarray:
         """Return ``whitener @ k`` for the covariances ``k`` of deletions with the measurements, ``(m, p)``."""
         order = self._order(r)
-        k = measurements(Pairs(self._vectors(order.prior), asked, r).kernel(order.prior))[order.rows]
+        k = measurements(Pairs(self._vectors(order.prior, r), asked, r).kernel(order.prior))[order.rows]
         return matmul(k.T, order.whitener.T)
 
     def _order(self, r: int) -> _Order:
@@ -175,12 +177,23 @@ class KernelEstimator(Estimator):
             self._orders[r] = self._factor(r)
         return self._orders[r]
 
-    def _vectors(self, prior: Prior) -> "Vectors":
-        """Return the directions with what the prior needs of them."""
+    def _vectors(self, prior: Prior, r: int) -> "Vectors":
+        """Return the directions with what the prior of an order needs of them."""
         maps = self._used(prior)
-        if frozenset(maps) not in self._known:
-            self._known[frozenset(maps)] = Vectors(self._directions, maps)
-        return self._known[frozenset(maps)]
+        key = frozenset(maps), r > 1
+        if key not in self._known:
+            self._known[key] = Vectors(self._directions, maps, self._scale(r))
+        return self._known[key]
+
+    def _scale(self, r: int) -> np.ndarray | None:
+        """Return ``S`` of :class:`Prior`, ``(n,)``; None, for ones, at order 1."""
+        if r == 1:
+            return None
+        self._find_effects()
+        effects = self._maps["effects"]
+        squares, outputs = np.square(effects).sum(axis=1), effects.shape[1]
+        scale: np.ndarray = np.sqrt((outputs * squares + _EQUAL_EFFECTS) / (outputs + _EQUAL_EFFECTS))
+        return scale
 
     def _used(self, prior: Prior) -> dict[str, np.ndarray]:
         return {name: shared for name, shared in self._maps.items() if getattr(prior, name)}
@@ -239,12 +252,14 @@ class KernelEstimator(Estimator):
 
     def _factor(self, r: int) -> _Order:
         values = measurements(times_power(self._coefficients[r - 1], 1 / self._norms, r))
-        rows = independent_rows(Gram(self._vectors(Prior()), r), Prior())[0]
-        if r > 1 and any(EFFECTS_GRID):
+        if r > 1:
             self._find_effects()
+        rows = independent_rows(Gram(self._vectors(Prior(), r), r), Prior())[0]
         maps = {name: shared for name, shared in self._maps.items() if r > 1 or name != "effects"}
         terms = self._mean_terms(self._directions, r, few_outputs(values))
-        return self._solve(r, choose_prior(self._directions, maps, r, rows[:MAX_LIKELIHOOD_ROWS], values, terms))
+        return self._solve(
+            r, choose_prior(self._directions, maps, r, rows[:MAX_LIKELIHOOD_ROWS], values, terms, self._scale(r))
+        )
 
     def _solve(self, r: int, choice: Choice) -> _Order:
         """Regress the measurements of an order under a given prior."""
@@ -252,7 +267,7 @@ class KernelEstimator(Estimator):
         values = measurements(times_power(self._coefficients[r - 1], 1 / self._norms, r))
         if weights is not None:
             values = values - measurements(self._mean(self._directions, r, weights))
-        known = self._vectors(prior)
+        known = self._vectors(prior, r)
         rows, spread, factor = independent_rows(Gram(known, r), prior)
         whitener = solve_triangular(factor, np.eye(len(rows)), lower=True) * spread
         sizes = known.sizes(prior)[rows % len(self._directions), None]

@@ -45,6 +45,7 @@ def choose_prior(
     rows: np.ndarray,
     values: np.ndarray,
     terms: np.ndarray | None = None,
+    scale: np.ndarray | None = None,
 ) -> Choice:
     """Choose the prior of an order as :class:`KernelEstimator` says.
 
@@ -55,6 +56,7 @@ def choose_prior(
         rows: ``(p,)``, the measurements used; independent, so that ``G`` is regular for every prior.
         values: ``(m, O)``, all measurements.
         terms: ``(Q, m, O)``, what a mean may be made of, of few outputs; or None.
+        scale: as of :class:`Vectors`.
     """
     y = values[rows][:, few_outputs(values)]
     changing = y.any(axis=0)  # an output that never changes has s_r = 0 and says nothing of the prior
@@ -66,7 +68,7 @@ def choose_prior(
     terms = None if terms is None else terms[:, rows][:, :, changing] / largest
     used, position = np.unique(rows % len(directions), return_inverse=True)
     part = position + len(used) * (rows // len(directions))
-    gram = Gram(Vectors(directions[used], maps), r)
+    gram = Gram(Vectors(directions[used], maps, scale), r)
     fits: dict[Prior, Fit | None] = {}
 
     def fit(prior: Prior) -> Fit | None:
