@@ -239,7 +239,7 @@ def unit_sizes(effects):
 
 
 def explicit_features(vectors, r, prior, effects):
-    """Return features ``phi`` with ``phi(u) . phi(v) = (u . M v)^r + b sum_i (s_i u_i s_i v_i)^r``: monomials, powers."""
+    """Return features with ``phi(u) . phi(v) = (u . M v)^r + b sum_i (s_i^2 u_i v_i)^r``: monomials, and powers."""
     n = vectors.shape[1]
     sizes = unit_sizes(effects) if r > 1 else np.ones(n)
     m = np.diag(sizes) @ (np.eye(n) + prior.common * np.ones((n, n))) @ np.diag(sizes)

@@ -13,7 +13,6 @@ from lightning_sketch.prediction.estimators.arrays import matmul, measurements, 
 from lightning_sketch.prediction.estimators.base import Estimator, Expansion
 from lightning_sketch.prediction.estimators.grams import ROUNDING, Gram, Pairs, Prior, Vectors, independent_rows
 from lightning_sketch.prediction.estimators.priors import (
-    EFFECTS_GRID,
     MAX_LIKELIHOOD_ROWS,
     Choice,
     choose_prior,
