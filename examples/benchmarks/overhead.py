@@ -1,9 +1,10 @@
 """CPU time of a tracked step that is not spent on jets: tracing ids, quiet re-execution, recording, checks.
 
 One real direction of degree 1, carried in one pass. The time on jets is that of `training_step` and its backward pass
-on replaced tensors, of the optimizer's step on them, and of what makes them and looks at the size of coefficients.
+on replaced tensors, of the optimizer's step on them, and of what makes them, looks at the size of coefficients and
+frees them: here the jets of parameters, gradients and weights are kept until the pass has ended, and freed at once.
 Everything else is what the callback's other functions take. The run's own step takes longer between jets, which leave
-its memory out of the caches, than by itself.
+its memory out of the caches, than by itself; so does everything else.
 
     python examples/benchmarks/overhead.py [--blocks 62] [--steps 100] [--rounds 3]
 """
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sketch import SketchCallback
-from lightning_sketch.shadow import record, update
+from lightning_sketch.shadow import jets_of_run, record, update
 from lightning_sketch.shadow.jets_of_run import RunJets
 
 BATCH = 4
@@ -94,9 +95,26 @@ class Clock(pl.Callback):
     def attached(self) -> Iterator[None]:
         """Within, the callback's own work and what works on coefficients are told from the run."""
         recorded, call_with_tensors = SketchCallback._recorded, record.call_with_tensors
-        jets = [(update, "step"), *((RunJets, n) for n in ("_parameters", "_gradients_as_in_run", "_watch"))]
+        in_passes, kept = SketchCallback._in_passes, []
+
+        def keep(function: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                found = function(*args)
+                kept.append([*found.values()] if isinstance(found, dict) else found)
+                return found
+
+            return run
+
+        def carry(*args: Any) -> None:
+            in_passes(*args)
+            self.timed("jets", kept.clear)()
+
+        made = [(RunJets, name) for name in ("_parameters", "_gradients_as_in_run", "weights")]
         with ExitStack() as stack:
-            for owner, name in jets:
+            stack.enter_context(mock.patch.object(SketchCallback, "_in_passes", carry))
+            for owner, name in made:
+                stack.enter_context(mock.patch.object(owner, name, keep(getattr(owner, name))))
+            for owner, name in [*made, (update, "step"), (RunJets, "_watch"), (jets_of_run, "_copies")]:
                 stack.enter_context(mock.patch.object(owner, name, self.timed("jets", getattr(owner, name))))
             for name in ENTRIES:
                 whole = self.timed("callback", getattr(SketchCallback, name))
