@@ -7,6 +7,7 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
@@ -69,6 +70,10 @@ class Copies:
             return [_flatten_dense_tensors(tensors)]
         return [_flatten_dense_tensors([tensors[i] for i in group]) for group in self._groups]
 
+    def known_same(self, joined: Sequence[Tensor]) -> bool:
+        """Whether :func:`known_same` holds of the copies and what :meth:`join` gave."""
+        return known_same(self._bases, joined)
+
     @torch.inference_mode()
     def squares(self, function: Callable[..., Sequence[Tensor]], *columns: Sequence[Tensor]) -> Tensor:
         """Sum the squares of elementwise functions over each of the tensors.
@@ -90,6 +95,24 @@ class Copies:
             return found[0]
         places = [i for group in self._groups for i in group]
         return torch.cat(found, 1)[:, _on_device(_inverse(places), found[0].device)]
+
+
+def known_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether tensors are those of others, bit for bit. Not known, so not true, on a device that must be waited for."""
+    return all(map(_on_host, some)) and all(map(np.array_equal, map(_bits, some), map(_bits, others)))
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors on the host hold no infinity and no NaN, nor more than their dtype can sum."""
+    return all(np.isfinite(t.sum(dtype=torch.float64).numpy()) for t in tensors)
+
+
+def _on_host(t: Tensor) -> bool:
+    return t.is_cpu
+
+
+def _bits(t: Tensor) -> np.ndarray:
+    return t.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def _forms(tensors: Sequence[Tensor]) -> list[Any]:

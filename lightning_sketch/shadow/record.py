@@ -234,7 +234,10 @@ class TrackedTensors:
         if not known:
             return
         copies = self.copies_of(known)
-        changed = copies.squares(_differs, copies.join([tensors[name] for name in known]))
+        present = copies.join([tensors[name] for name in known])
+        if copies.known_same(present):
+            return
+        changed = copies.squares(_differs, present)
 
         def judge(changed: np.ndarray) -> None:
             if not changed.any():
