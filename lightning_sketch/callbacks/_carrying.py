@@ -30,11 +30,11 @@ from lightning_sketch.shadow.ranks import BufferSync, Ranks
 from lightning_sketch.shadow.record import StepRecord, TrackedTensors, record_step, share_records
 from lightning_sketch.shadow.update import (
     Counts,
+    Held,
     MadeStep,
     OptimizerSnapshot,
     ask_counts,
     count_state_tensors,
-    is_trained,
 )
 from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting, Normalization, PerExampleLoss
@@ -101,6 +101,7 @@ class CarriesJets(AroundTrainingStep):
         self._counts: Counts = {}
         self._state_tensors = 0
         self._optimizer: Optimizer | None = None
+        self._held: Held | None = None  # by it
         self._depth = 0  # of calls of its `step`
         self._following = False
         self._first_step = 0  # the optimizer step that jets are carried from
@@ -215,8 +216,9 @@ class CarriesJets(AroundTrainingStep):
         assert optimizer is not None
         records = self._shared(self._records)
         of_run = TrackedTensors()
+        held = self._look_at(optimizer)
         snapshot = OptimizerSnapshot.capture(
-            optimizer, self._names, self._tracked, of_run, places, self._counts, records[-1].buffers
+            optimizer, held, self._names, self._tracked, of_run, places, self._counts, records[-1].buffers
         )
         blocks = [copy.copy(block) for block in self._blocks]
         with quiet(places, module.device) as start:
@@ -229,6 +231,11 @@ class CarriesJets(AroundTrainingStep):
         assert self._places is not None
         self._places = self._places.now()
         return self._places
+
+    def _look_at(self, optimizer: Optimizer) -> Held:
+        """What the optimizer holds, now."""
+        self._held = Held(optimizer) if self._held is None else self._held.now(optimizer)
+        return self._held
 
     def _shared(self, records: list[StepRecord]) -> list[StepRecord]:
         return records if self._ranks.size == 1 else share_records(records, self._changed(), self._ranks)
@@ -318,13 +325,11 @@ class CarriesJets(AroundTrainingStep):
         synchronized = self._sync.happened()
         if synchronized and not self._ranks.is_first:
             self._tracked.note(places.buffers)  # which the first process has checked
-        held, others = _split(trainer.optimizers[0], tensors)
-        frozen = {name: t for name, t in others.items() if name in places.params and not t.requires_grad}
-        rest = {name: t for name, t in others.items() if name not in frozen}
+        held, frozen, rest = self._look_at(trainer.optimizers[0]).divide(places)
         for part in (held, frozen, rest):
             self._tracked.check(part, self._steps, self._readings)
         values = self._tracked.values
-        buffers = {name: values[name] if name in frozen else values[name].clone() for name in others}
+        buffers = {**{name: values[name] for name in frozen}, **{name: values[name].clone() for name in rest}}
         units = self._units.of_batch(args[0]).to(module.device, non_blocking=True)
         micro_batches = trainer.accumulate_grad_batches * self._ranks.size
         outputs, self._pending = record_step(places, step, args, units, buffers, micro_batches)
@@ -347,8 +352,10 @@ class CarriesJets(AroundTrainingStep):
             return
         places = self._places
         assert places is not None
-        moved = places is not self._pending.module_state.places
-        others = _split(trainer.optimizers[0], places.tensors)[1] if moved else self._pending.buffers
+        others: Mapping[str, Tensor] = self._pending.buffers
+        if places is not self._pending.module_state.places:
+            _, not_trained, rest = self._look_at(trainer.optimizers[0]).divide(places)
+            others = {**not_trained, **rest}
         present, frozen = places.read(others), self._pending.constant
         self._tracked.note({name: t for name, t in present.items() if name not in frozen})
         self._pending.constant = self._tracked.note_changed(
@@ -399,6 +406,7 @@ class CarriesJets(AroundTrainingStep):
             self._tracked.check(_state(optimizer, self._names), self._steps, self._readings)
             self._snapshot = OptimizerSnapshot.capture(
                 optimizer,
+                self._look_at(optimizer),
                 self._names,
                 self._tracked,
                 self._gradients,
@@ -604,13 +612,6 @@ class CarriesJets(AroundTrainingStep):
 
 def _scaler(trainer: pl.Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _split(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Those that the optimizer changes, in its order, and the others: it may hold some that are not trained."""
-    names = {id(t): name for name, t in tensors.items()}
-    held = [names.pop(id(p), None) for group in optimizer.param_groups for p in group["params"] if is_trained(p)]
-    return {name: tensors[name] for name in held if name is not None}, {name: tensors[name] for name in names.values()}
 
 
 def _state(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Tensor]:

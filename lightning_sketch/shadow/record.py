@@ -214,8 +214,8 @@ class TrackedTensors:
         Raises:
             FidelityError: naming one.
         """
-        new = next((name for name in tensors if name not in self.values), None)
-        if new is not None:
+        if not tensors.keys() <= self.values.keys():
+            new = next(name for name in tensors if name not in self.values)
             raise FidelityError(
                 f"`{new}` was registered before optimizer step {step} outside `training_step`, so its Taylor "
                 "coefficients are not known: register it in `__init__`, and change it inside a `training_step` with a "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, compress, islice, repeat
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ StateBlocks = dict[tuple[str, str], Tensor | None]
 # (name of the parameter, key of the optimizer's state) -> a number of the state, on the CPU
 Counts = dict[tuple[str, str], Tensor]
 
+_GRAD, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("requires_grad")
 _TRANSIENT = 8  # blocks of one parameter that kernels of an optimizer hold at a time; 6.5 were measured
 
 
@@ -46,7 +48,7 @@ class OptimizerSnapshot:
         held: the user's parameters, in the order of the groups, likewise.
         copies: copies of their values, by name, in the same order.
         trainable: names of the parameters that require grad.
-        state: state by name of the parameter, copied.
+        state: state by name of the parameter, copied; of those that have any.
         gradients: copies of the user's gradients, by name, of parameters that have one.
         random_state: generators before clipping and update.
         module_state: the module's attributes before clipping and update; ``None`` if none of its code runs there.
@@ -66,17 +68,19 @@ class OptimizerSnapshot:
     def capture(
         cls,
         optimizer: Optimizer,
+        held: Held,
         names: Mapping[int, str],
         values: TrackedTensors,
         gradients: TrackedTensors,
         places: Places,
         counts: Counts,
-        others: Container[str],
+        others: Iterable[str],
     ) -> OptimizerSnapshot:
         """Copy what the coming step will change.
 
         Args:
             optimizer: the user's.
+            held: what it holds now.
             names: of the module's parameters, by ``id``.
             values: copies of their values.
             gradients: where their gradients are copied to, over those of the step before.
@@ -87,36 +91,35 @@ class OptimizerSnapshot:
         Raises:
             ConfigurationError: if the optimizer holds a parameter that is not the module's.
         """
-        held_by = [
-            [p for p in group["params"] if is_trained(p) or names.get(id(p)) not in others]
-            for group in optimizer.param_groups
-        ]
-        held: list[Tensor] = [p for of_group in held_by for p in of_group]
-        found = [names.get(id(p)) for p in held]
-        if None in found:
-            p = held[found.index(None)]
-            raise ConfigurationError(
-                f"`configure_optimizers`: the optimizer holds a parameter of shape {tuple(p.shape)} that was "
-                "not registered in the module when training started: register it in `__init__`."
-            )
-        members = [name for name in found if name is not None]
-        rest = iter(members)
+        members = held.members(names, others)
+        rest = iter(members.names)
         groups = [
-            {k: list(islice(rest, len(of_group))) if k == "params" else _copy(v) for k, v in group.items()}
-            for group, of_group in zip(optimizer.param_groups, held_by, strict=True)
+            {k: list(islice(rest, size)) if k == "params" else _copy(v) for k, v in group.items()}
+            for group, size in zip(optimizer.param_groups, members.sizes, strict=True)
         ]
-        state: dict[str, dict[str, Any]] = {name: {} for name in members}
+        state: dict[str, dict[str, Any]] = {}
         if optimizer.state:
-            for name, p in zip(members, held, strict=True):
+            for name, p in zip(members.names, members.params, strict=True):
                 state[name] = {k: _copy(counts.get((name, k), v)) for k, v in optimizer.state.get(p, {}).items()}
-        of_run = {name: g for name, p in zip(members, held, strict=True) if (g := p.grad) is not None}
+        of_run = dict(zip(members.names, map(_GRAD, members.params), strict=True))
+        if not all(map(is_not, of_run.values(), repeat(None))):
+            of_run = {name: g for name, g in of_run.items() if g is not None}
         gradients.note(of_run)
-        trainable = frozenset(name for name, p in zip(members, held, strict=True) if p.requires_grad)
         module: Any = places.module
         random_state = RandomState.capture(module.device)
         module_state = ModuleState(places.now()) if is_overridden("configure_gradient_clipping", module) else None
-        copies, of_gradients = values.copies_of(members), gradients.copies_of(of_run)
-        return cls(optimizer, groups, held, copies, trainable, state, of_gradients, random_state, module_state)
+        copies, of_gradients = values.copies_of(members.names), gradients.copies_of(of_run)
+        return cls(
+            optimizer,
+            groups,
+            members.params,
+            copies,
+            members.trainable,
+            state,
+            of_gradients,
+            random_state,
+            module_state,
+        )
 
 
 @dataclass(frozen=True)
@@ -136,17 +139,107 @@ class MadeStep:
     @classmethod
     def capture(cls, snapshot: OptimizerSnapshot) -> MadeStep:
         """Take note of what has just been left; tensors that are not worth a copy are not copied."""
-        held = zip(snapshot.copies.values, snapshot.held, strict=True)
+        of_held = dict(zip(snapshot.copies.values, map(_GRAD, snapshot.held), strict=True))
         gradients = snapshot.gradients
-        clipped = {name: g for name, p in held if (g := p.grad) is not None and name in gradients.values}
-        if len(clipped) != len(gradients.values):
-            gradients = Copies({name: gradients.values[name] for name in clipped})
-        return cls(gradients, gradients.join(list(clipped.values())), snapshot.copies.join(snapshot.held))
+        clipped = [*map(of_held.__getitem__, gradients.values)]
+        if not all(map(is_not, clipped, repeat(None))):
+            gradients = Copies({name: g for name, g in gradients.values.items() if of_held[name] is not None})
+            clipped = [of_held[name] for name in gradients.values]
+        return cls(gradients, gradients.join(clipped), snapshot.copies.join(snapshot.held))
 
 
-def is_trained(p: Tensor) -> bool:
-    """Whether a step of the optimizer may change a parameter that it holds."""
-    return p.requires_grad or p.grad is not None
+class Held:
+    """What an optimizer holds, looked into only where something has changed.
+
+    A step may change what it holds and what is trained: what requires grad or has a gradient.
+
+    Args:
+        optimizer: as it is now.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._params, self._sizes, self._flags = _held(optimizer)
+        self._divided: tuple[Any, tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]] | None = None
+        self._members: tuple[Any, Members] | None = None
+
+    def now(self, optimizer: Optimizer) -> Held:
+        """Return this, or another if the optimizer, ``optimizer``, holds something else, or what is trained is not."""
+        params, sizes, flags = _held(optimizer)
+        same = sizes == self._sizes and flags == self._flags and all(map(is_, params, self._params))
+        return self if same else Held(optimizer)
+
+    def divide(self, places: Places) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Return the tensors of a module by name: what a step may change, in the order of the optimizer ...
+
+        ... other parameters that do not require grad, and the rest.
+        """
+        key = places, [*map(_REQUIRES_GRAD, places.params.values())]
+        if self._divided is None or self._divided[0] != key:
+            names = {id(t): name for name, t in places.tensors.items()}
+            found = [names.pop(id(p), None) for p, trained in zip(self._params, self._flags, strict=True) if trained]
+            others = {name: places.tensors[name] for name in names.values()}
+            frozen = {name: t for name, t in others.items() if name in places.params and not t.requires_grad}
+            rest = {name: t for name, t in others.items() if name not in frozen}
+            self._divided = key, ({name: places.tensors[name] for name in found if name is not None}, frozen, rest)
+        return self._divided[1]
+
+    def members(self, names: Mapping[int, str], others: Iterable[str]) -> Members:
+        """Return what a step may change, and what a training step had as such.
+
+        Args:
+            names: of the module's parameters, by ``id``.
+            others: names of parameters that the training step had as those that the optimizer does not change.
+
+        Raises:
+            ConfigurationError: if it is a parameter that is not the module's.
+        """
+        key = [*others]
+        if self._members is None or self._members[0] != key:
+            left_out = set(key)
+            chosen = [
+                bool(trained) or names.get(id(p)) not in left_out
+                for p, trained in zip(self._params, self._flags, strict=True)
+            ]
+            params = [*compress(self._params, chosen)]
+            found = [names.get(id(p)) for p in params]
+            if None in found:
+                p = params[found.index(None)]
+                raise ConfigurationError(
+                    f"`configure_optimizers`: the optimizer holds a parameter of shape {tuple(p.shape)} that was "
+                    "not registered in the module when training started: register it in `__init__`."
+                )
+            of_params = iter(chosen)
+            sizes = [sum(islice(of_params, size)) for size in self._sizes]
+            trainable = frozenset(name for name, p in zip(found, params, strict=True) if name and p.requires_grad)
+            self._members = key, Members(params, [name for name in found if name is not None], sizes, trainable)
+        return self._members[1]
+
+
+@dataclass(frozen=True)
+class Members:
+    """Parameters of an optimizer.
+
+    Attributes:
+        params: in its order.
+        names: likewise.
+        sizes: how many are of each of its groups.
+        trainable: names of those that require grad.
+    """
+
+    params: list[Tensor]
+    names: list[str]
+    sizes: list[int]
+    trainable: frozenset[str]
+
+
+def _held(optimizer: Optimizer) -> tuple[list[Tensor], list[int], list[bool | str]]:
+    """Its parameters, how many are in each group, and of each whether it requires grad, or else has a gradient."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    params = [*chain.from_iterable(groups)]
+    flags: list[bool | str] = [*map(_REQUIRES_GRAD, params)]
+    if not all(flags):
+        flags = [flag or ("" if p.grad is None else "has grad") for p, flag in zip(params, flags, strict=True)]
+    return params, [*map(len, groups)], flags
 
 
 def ask_counts(optimizer: Optimizer, names: Mapping[int, str], readings: Readings) -> Counts:
@@ -251,7 +344,7 @@ def needed_bytes(snapshot: OptimizerSnapshot, params: Mapping[str, JetTensor], b
     per_param: int | None = None
     for name, gradient in snapshot.gradients.values.items():
         missing = int(params[name].block is None)
-        state = snapshot.state[name]
+        state = snapshot.state.get(name)
         if state:
             missing += sum(
                 isinstance(v, Tensor) and v.shape == gradient.shape and blocks.get((name, k)) is None
@@ -298,8 +391,9 @@ def step(
                 group[kernel] = False
     for name, jet in params.items():
         jet.grad = gradients[name]
-        if snapshot.state[name]:
-            twin.state[jet] = {k: _state_jet(name, k, v, jet, blocks, lead) for k, v in snapshot.state[name].items()}
+        state = snapshot.state.get(name)
+        if state:
+            twin.state[jet] = {k: _state_jet(name, k, v, jet, blocks, lead) for k, v in state.items()}
     with torch.no_grad(), _RefuseNumbers():
         with _NormOfNorms():
             clip(twin)
