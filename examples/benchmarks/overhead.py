@@ -114,7 +114,13 @@ class Clock(pl.Callback):
             stack.enter_context(mock.patch.object(SketchCallback, "_in_passes", carry))
             for owner, name in made:
                 stack.enter_context(mock.patch.object(owner, name, keep(getattr(owner, name))))
-            for owner, name in [*made, (update, "step"), (RunJets, "_watch"), (jets_of_run, "_copies")]:
+            for owner, name in [
+                *made,
+                (update, "step"),
+                (RunJets, "_watch"),
+                (RunJets, "_rescale"),
+                (jets_of_run, "_copies"),
+            ]:
                 stack.enter_context(mock.patch.object(owner, name, self.timed("jets", getattr(owner, name))))
             for name in ENTRIES:
                 whole = self.timed("callback", getattr(SketchCallback, name))

@@ -482,13 +482,16 @@ class CarriesJets(AroundTrainingStep):
             module.configure_gradient_clipping(twin, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
 
         def advance(block: RunJets, start: Start) -> None:
-            params = block.advance(start, module, original, self.weighting, records, snapshot, clip, step, readings)
+            params, gradients = block.advance(
+                start, module, original, self.weighting, records, snapshot, clip, step, readings
+            )
             with lost_without_memory(step):
-                check_update(params, snapshot, made, step, readings)
+                check_update(params, gradients, snapshot, made, step, readings)
 
         self._counts = ask_counts(snapshot.optimizer, self._names, readings)
         self._in_passes(module, advance)
-        self._tracked.note(dict(zip(snapshot.copies.values, snapshot.held, strict=True)), made.params)
+        joined = made.params if made.like_before else None
+        self._tracked.note(dict(zip(snapshot.copies.values, snapshot.held, strict=True)), joined)
 
     def _skip(self, module: pl.LightningModule, snapshot: OptimizerSnapshot, records: list[StepRecord]) -> None:
         """Carry the coefficients through a step without an update."""

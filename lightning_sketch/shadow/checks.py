@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from operator import is_
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -130,12 +131,18 @@ def check_gradients(ours: Mapping[str, JetTensor | None], theirs: Copies, step: 
 
 
 def check_update(
-    params: Mapping[str, JetTensor], snapshot: OptimizerSnapshot, made: MadeStep, step: int, readings: Readings
+    params: Mapping[str, JetTensor],
+    gradients: Copies,
+    snapshot: OptimizerSnapshot,
+    made: MadeStep,
+    step: int,
+    readings: Readings,
 ) -> None:
     """Require gradients and parameters after our step of the optimizer to be the user's, up to rounding.
 
     Args:
         params: our parameters after the step; their ``grad`` is the clipped gradient.
+        gradients: where its order 0 was before the step, and is now unless it was replaced.
         snapshot: the user's optimizer before the step.
         made: what the user's step left.
         step: number of the optimizer step.
@@ -146,7 +153,8 @@ def check_update(
         torch.zeros_like(g) if (mine := params[name].grad) is None else mine.primal  # type: ignore[attr-defined]
         for name, g in before.values.items()
     ]
-    of_gradient, joined = _tolerances(before.dtypes), before.join(ours)
+    in_place = len(ours) == len(gradients.values) and all(map(is_, ours, gradients.values.values()))
+    of_gradient, joined = _tolerances(before.dtypes), gradients.joined if in_place else before.join(ours)
     if not (known_same(joined, made.clipped) and finite(joined)):
         _require(
             list(before.values),

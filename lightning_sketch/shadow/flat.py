@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate, repeat
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
@@ -34,16 +36,39 @@ class Copies:
         self._groups = _groups(given)
         self._bases: list[Tensor] = []  # one of each group
         self.dtypes = tuple(t.dtype for t in given)
-        copies = list(given)
         for group in self._groups:
-            if len(group) == 1:
-                base = copies[group[0]] = given[group[0]].clone()
-            else:
-                base = _flatten_dense_tensors([given[i] for i in group])
-                for i, part in zip(group, base.split([self._sizes[i] for i in group]), strict=True):
-                    copies[i] = part.view(given[i].shape)
-            self._bases.append(base)
-        self.values = dict(zip(tensors, copies, strict=True))
+            alone = len(group) == 1
+            self._bases.append(given[group[0]].clone() if alone else _flatten_dense_tensors([given[i] for i in group]))
+        shapes = list(map(_SHAPE, given))
+        self._parts: list[Any] = []  # indices, shapes, strides and offsets of the tensors of each group
+        for group in self._groups:
+            starts = accumulate((self._sizes[i] for i in group), initial=0)
+            self._parts.append(([shapes[i] for i in group], [given[i].stride() for i in group], list(starts)[:-1]))
+        self.values = self._split(tensors)
+
+    def _split(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The parts of the bases, by name."""
+        found: dict[int, Tensor] = {}
+        for group, base, parts in zip(self._groups, self._bases, self._parts, strict=True):
+            views = [base] if len(group) == 1 else map(torch.as_strided, repeat(base), *parts)
+            found.update(zip(group, views, strict=True))
+        return {name: found[i] for i, name in enumerate(names)}
+
+    def clone(self) -> Copies:
+        """Return copies of these, which lie side by side as they do."""
+        cloned = copy.copy(self)
+        cloned._bases = [base.clone() for base in self._bases]
+        cloned.values = cloned._split(self.values)
+        return cloned
+
+    @property
+    def joined(self) -> list[Tensor]:
+        """The copies as :meth:`join` gives them."""
+        return [base.reshape(-1) for base in self._bases]
+
+    def like(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors have the shapes, dtypes and memory order of the copies."""
+        return _forms(tensors) == self._forms
 
     @torch.no_grad()
     def overwrite(self, tensors: Mapping[str, Tensor], joined: Sequence[Tensor] | None = None) -> bool:
@@ -51,16 +76,15 @@ class Copies:
 
         Args:
             tensors: by name.
-            joined: what :meth:`join` gave for them, if it was asked.
+            joined: what :meth:`join` gave for them, if it was asked and they are :meth:`like` the copies.
         """
-        given = list(tensors.values())
-        if _forms(given) != self._forms:
-            return False
-        if joined is not None:
-            for base, flat in zip(self._bases, joined, strict=True):
-                base.copy_(flat.view_as(base))
-        elif given:
-            torch._foreach_copy_(list(self.values.values()), given)
+        if joined is None:
+            given = list(tensors.values())
+            if not self.like(given):
+                return False
+            joined = self.join(given)
+        for base, flat in zip(self._bases, joined, strict=True):
+            base.copy_(flat.view_as(base))
         return True
 
     @torch.inference_mode()  # takes less time than `no_grad`
@@ -72,7 +96,7 @@ class Copies:
 
     def known_same(self, joined: Sequence[Tensor]) -> bool:
         """Whether :func:`known_same` holds of the copies and what :meth:`join` gave."""
-        return known_same(self._bases, joined)
+        return known_same(self.joined, joined)
 
     @torch.inference_mode()
     def squares(self, function: Callable[..., Sequence[Tensor]], *columns: Sequence[Tensor]) -> Tensor:
@@ -86,8 +110,8 @@ class Copies:
             float64, ``(m, n)``; ``(0,)`` without tensors.
         """
         found = [
-            _squares(function(*flat, base.reshape(-1)), [self._sizes[i] for i in group])
-            for group, base, *flat in zip(self._groups, self._bases, *columns, strict=True)
+            _squares(function(*flat), [self._sizes[i] for i in group])
+            for group, *flat in zip(self._groups, *columns, self.joined, strict=True)
         ]
         if not found:
             return torch.zeros(0, dtype=torch.float64)
@@ -98,21 +122,17 @@ class Copies:
 
 
 def known_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether tensors are those of others, bit for bit. Not known, so not true, on a device that must be waited for."""
-    return all(map(_on_host, some)) and all(map(np.array_equal, map(_bits, some), map(_bits, others)))
+    """Whether tensors hold the values of others. Not known, so not true, of NaN and on a device to be waited for."""
+    return all(map(_on_host, some)) and all(map(torch.equal, some, others))
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors on the host hold no infinity and no NaN, nor more than their dtype can sum."""
-    return all(np.isfinite(t.sum(dtype=torch.float64).numpy()) for t in tensors)
+    """Whether tensors on the host hold no infinity and no NaN, nor more than can be summed."""
+    return all(math.isfinite(t.sum().item()) for t in tensors)
 
 
 def _on_host(t: Tensor) -> bool:
     return t.is_cpu
-
-
-def _bits(t: Tensor) -> np.ndarray:
-    return t.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def _forms(tensors: Sequence[Tensor]) -> list[Any]:

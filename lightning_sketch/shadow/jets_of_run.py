@@ -17,6 +17,7 @@ from lightning_sketch.errors import InstabilityError, MemoryShortageError
 from lightning_sketch.jets.tensor import JetTensor, Lead, coefficient_dtype, jet, wrap
 from lightning_sketch.shadow import update
 from lightning_sketch.shadow.checks import Readings, check_gradients, check_loss
+from lightning_sketch.shadow.flat import Copies
 from lightning_sketch.shadow.quiet import Start
 from lightning_sketch.shadow.record import StepRecord, call_with_tensors, evaluate, replay
 from lightning_sketch.shadow.scaling import MAX_EXPONENT, choose_shift, exponents_of, scale_orders
@@ -108,7 +109,7 @@ class RunJets:
         clip: Callable[[Optimizer], None],
         step: int,
         readings: Readings,
-    ) -> dict[str, JetTensor]:
+    ) -> tuple[dict[str, JetTensor], Copies]:
         """Carry the coefficients through one optimizer step, checking order 0 against the user's run.
 
         Args:
@@ -124,7 +125,7 @@ class RunJets:
                 not the user's, :class:`InstabilityError` if loss or coefficients are not finite; and scales the latter.
 
         Returns:
-            The parameters after the step.
+            The parameters after the step, and the memory in which order 0 of their gradients was before it.
 
         Raises:
             torch.OutOfMemoryError: if nothing has changed, so that the step may be repeated.
@@ -134,7 +135,7 @@ class RunJets:
             params = self._parameters(snapshot)
             gradients = self._gradients(start, module, training_step, weighting, records, params, step, readings)
             check_gradients(gradients, snapshot.gradients, step, readings)
-            theirs = self._gradients_as_in_run(gradients, snapshot)
+            theirs, values = self._gradients_as_in_run(gradients, snapshot)
             update.reserve(snapshot, params, self.state, self.lead)
 
         def make_step() -> StateBlocks:
@@ -150,7 +151,7 @@ class RunJets:
             if first:
                 self._drop_unused(theirs)
             self._watch(step, readings)
-        return params
+        return params, values
 
     def skip(
         self,
@@ -276,14 +277,15 @@ class RunJets:
 
     def _gradients_as_in_run(
         self, gradients: dict[str, JetTensor | None], snapshot: OptimizerSnapshot
-    ) -> dict[str, JetTensor | None]:
+    ) -> tuple[dict[str, JetTensor | None], Copies]:
         """Take the gradients, with order 0 as in the run, to the last bit, in memory of their own for the clipping."""
         found: dict[str, JetTensor | None] = {}
+        values = snapshot.gradients.clone()
         for name in snapshot.copies.values:
-            mine, of_run = gradients.pop(name), snapshot.gradients.values.get(name)
+            mine, of_run = gradients.pop(name), values.values.get(name)
             block = None if mine is None or mine.block is None else mine.block.clone()
-            found[name] = None if of_run is None else jet(of_run.clone(), block, self.lead)
-        return found
+            found[name] = None if of_run is None else jet(of_run, block, self.lead)
+        return found, values
 
     def _add_gradient(
         self,
@@ -329,9 +331,9 @@ class RunJets:
             differentiate,
             self._carried | record.foreign,
         )
-        for name, buffer in tensors.items():
-            if name not in params:
-                buffers[name] = buffer.block if type(buffer) is JetTensor else None
+        for name in [name for name in tensors if name not in params]:
+            buffer = tensors[name]
+            buffers[name] = buffer.block if type(buffer) is JetTensor else None
         for name, g in zip(trained, found, strict=True):
             if g is not None:
                 before = gradients[name]

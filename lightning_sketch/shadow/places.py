@@ -57,6 +57,7 @@ class Places:
         buffers: ``dict(module.named_buffers())``.
         tensors: both.
         metrics: those of the modules that are metrics.
+        of_each_type: one of the modules of each type.
         attributes: every attribute but hooks, submodules, parameters and buffers, as owner and name.
         values: of the attributes, when they were last looked at.
     """
@@ -67,6 +68,7 @@ class Places:
         self.params, self.buffers = dict(module.named_parameters()), dict(module.named_buffers())
         self.tensors = {**self.params, **self.buffers}
         self.metrics: list[Any] = [m for m in self.modules if is_metric(m)]
+        self.of_each_type = [*{type(m): m for m in self.modules}.values()]
         self._owners = [m.__dict__ for m in self.modules]
         self._sizes = list(map(len, self._owners))
         self._own = [[key for key in owner if key not in STRUCTURE] for owner in self._owners]

@@ -175,7 +175,7 @@ class TrackedTensors:
         self._copies: dict[tuple[str, ...], Copies] = {}  # of tensors that are looked at together, by their names
 
     def note(self, tensors: Mapping[str, Tensor], joined: Sequence[Tensor] | None = None) -> None:
-        """Copy what a tracked operation has just left, over what was there; ``joined`` as the copies are, if known."""
+        """Copy what a tracked operation has just left, over what was there; see :meth:`Copies.overwrite`."""
         copies = self._copies.get(tuple(tensors))
         if copies is None or not copies.overwrite(tensors, joined):
             self._keep(tensors)
@@ -360,7 +360,7 @@ def replay(
         return use(loss)
 
     places = start(record.random_state, record.module_state)
-    with differentiable_kernels(places.modules), torch.enable_grad():
+    with differentiable_kernels(places.of_each_type), torch.enable_grad():
         forbid_reading(module, carried)
         result = call_with_tensors(places, tensors, run)
         return result, varying_attributes(module, record.left)
@@ -391,7 +391,7 @@ def evaluate(
             return output(module, args)
 
     places = start(record.random_state, record.module_state)
-    with differentiable_kernels(places.modules), torch.no_grad():
+    with differentiable_kernels(places.of_each_type), torch.no_grad():
         forbid_reading(module, carried)
         value: Tensor = call_with_tensors(places, tensors, run)
         return value

@@ -130,11 +130,13 @@ class MadeStep:
         gradients: copies of the gradients before clipping, of the parameters that have one after the step, too.
         clipped: these after the step, joined as ``gradients`` are.
         params: all parameters after it, joined as the copies of the snapshot are.
+        like_before: whether they have the shapes, dtypes and memory order that they had.
     """
 
     gradients: Copies
     clipped: list[Tensor]
     params: list[Tensor]
+    like_before: bool
 
     @classmethod
     def capture(cls, snapshot: OptimizerSnapshot) -> MadeStep:
@@ -145,7 +147,8 @@ class MadeStep:
         if not all(map(is_not, clipped, repeat(None))):
             gradients = Copies({name: g for name, g in gradients.values.items() if of_held[name] is not None})
             clipped = [of_held[name] for name in gradients.values]
-        return cls(gradients, gradients.join(clipped), snapshot.copies.join(snapshot.held))
+        copies, held = snapshot.copies, snapshot.held
+        return cls(gradients, gradients.join(clipped), copies.join(held), copies.like(held))
 
 
 class Held:
