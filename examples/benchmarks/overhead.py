@@ -3,13 +3,15 @@
 One real direction of degree 1, carried in one pass. The time on jets is that of `training_step` and its backward pass
 on replaced tensors, of the optimizer's step on them, and of what makes them, looks at the size of coefficients and
 frees them: here the jets of parameters, gradients and weights are kept until the pass has ended, and freed at once.
-Everything else is what the callback's other functions take. The run's own step takes longer between jets, which leave
-its memory out of the caches, than by itself; so does everything else.
+Passes of Python's garbage collector, which begin wherever enough objects have been made, most of them jets, have a row
+of their own. Everything else is what the callback's other functions take. The run's own step takes longer between jets,
+which leave its memory out of the caches, than by itself; so does everything else.
 
     python examples/benchmarks/overhead.py [--blocks 62] [--steps 100] [--rounds 3]
 """
 
 import argparse
+import gc
 import logging
 import tempfile
 import time
@@ -32,7 +34,7 @@ from lightning_sketch.shadow import jets_of_run, record, update
 from lightning_sketch.shadow.jets_of_run import RunJets
 
 BATCH = 4
-KINDS = ("run", "callback", "jets")
+KINDS = ("run", "callback", "jets", "collector")
 # What is called of the callback in every step, besides what takes the place of `training_step`.
 ENTRIES = (
     "on_train_batch_start",
@@ -81,6 +83,13 @@ class Clock(pl.Callback):
         self.steps.append(self._spent)
         self._spent = dict.fromkeys(KINDS, 0.0)
 
+    def collects(self, phase: str, _: object) -> None:
+        """Called before and after every pass of the garbage collector."""
+        if phase == "start":
+            self._before = self._turn_to("collector")
+        else:
+            self._turn_to(self._before)
+
     def timed(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             before = self._turn_to(kind)
@@ -109,7 +118,7 @@ class Clock(pl.Callback):
             in_passes(*args)
             self.timed("jets", kept.clear)()
 
-        made = [(RunJets, name) for name in ("_parameters", "_gradients_as_in_run", "weights")]
+        made = [(RunJets, name) for name in ("_parameters", "_buffers", "_gradients_as_in_run", "weights")]
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(SketchCallback, "_in_passes", carry))
             for owner, name in made:
@@ -146,8 +155,13 @@ def measure(module: Deep, steps: int, callbacks: list[pl.Callback]) -> dict[str,
         **QUIET,
     )
     data = TensorDataset(torch.randn(steps * BATCH, 4), torch.randint(0, 3, (steps * BATCH,)))
-    with clock.attached():
-        trainer.fit(module, DataLoader(data, batch_size=BATCH))
+    loader = DataLoader(data, batch_size=BATCH)
+    gc.callbacks.append(clock.collects)
+    try:
+        with clock.attached():
+            trainer.fit(module, loader)
+    finally:
+        gc.callbacks.remove(clock.collects)
     warm_up = 6
     return {kind: 1e3 * float(np.median([step[kind] for step in clock.steps[warm_up:]])) for kind in KINDS}
 
@@ -178,6 +192,7 @@ def main() -> None:
         "the plain step, by itself": step,
         "the plain step between jets": best["run"],
         "jets": best["jets"],
+        "the garbage collector": best["collector"],
         "everything else": best["callback"],
         "together": sum(best.values()),
     }

@@ -303,12 +303,7 @@ class RunJets:
         if record.synchronized and record.rank == 0:
             self._synchronize_buffers()
         buffers = self.buffers[record.rank]
-        for name, given in record.buffers.items():
-            if name in params:  # it entered the optimizer after this micro-batch
-                continue
-            value = given if name in record.constant else given.clone()
-            floating = value.dtype.is_floating_point
-            tensors[name] = wrap(value, [buffers.get(name)], self.lead) if floating else value
+        tensors.update(self._buffers(record, params.keys()))
         weights = self.weights(record.units)
         trained = {name: p for name, p in params.items() if p.requires_grad}
 
@@ -338,6 +333,15 @@ class RunJets:
             if g is not None:
                 before = gradients[name]
                 gradients[name] = g if before is None else before + g
+
+    def _buffers(self, record: StepRecord, params: Set[str]) -> dict[str, Tensor]:
+        """The buffers before a micro-batch, for it to change; ``params`` may have entered the optimizer after it."""
+        blocks = self.buffers[record.rank]
+        values = {n: b if n in record.constant else b.clone() for n, b in record.buffers.items() if n not in params}
+        return {
+            name: wrap(value, [blocks.get(name)], self.lead) if value.dtype.is_floating_point else value
+            for name, value in values.items()
+        }
 
     def _watch(self, step: int, readings: Readings) -> None:
         """Have the largest coefficient of every order and direction looked at."""

@@ -166,5 +166,5 @@ class Places:
         deque(map(setitem, *self._cells, values), maxlen=0)
         changed = map(ne, map(len, self._owners), self._sizes)
         for owner, own in compress(zip(self._owners, self._own, strict=True), changed):
-            for key in owner.keys() - STRUCTURE.union(own):
+            for key in [key for key in owner if key not in STRUCTURE and key not in own]:
                 del owner[key]
