@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from operator import is_
@@ -76,7 +77,7 @@ def check_loss(loss: Tensor, theirs: Tensor, step: int, readings: Readings) -> N
 
     def judge(values: np.ndarray) -> None:
         ours, theirs = values.tolist()
-        if not np.isfinite(theirs):
+        if not math.isfinite(theirs):
             raise InstabilityError(
                 f"The training loss is {theirs} at optimizer step {step}: a sketch needs a finite run."
             )
@@ -103,8 +104,8 @@ def check_gradients(ours: Mapping[str, JetTensor | None], theirs: Copies, step: 
     Raises:
         FidelityError: at once, if a parameter has a gradient in the re-run only.
     """
-    for name in ours.keys() - theirs.values.keys():
-        if ours[name] is not None:
+    for name in ours if len(theirs.values) < len(ours) else ():
+        if name not in theirs.values and ours[name] is not None:
             raise FidelityError(
                 f"Parameter `{name}` has no gradient in the run at optimizer step {step}, but has one in the "
                 "re-run of `training_step`: does a hook set it to None?"

@@ -57,23 +57,13 @@ _MT19937_BYTES = 625 * 4  # 624 words and the position among them
 
 
 class _NoState:
-    """Takes the place of the bit generator where only what is kept beside it is wanted."""
+    """Takes the place of the bit generator where only what is kept beside it is wanted: half a pair of normals.
+
+    The generator's own state is copied word by word in Python, which takes ten times longer than all the rest.
+    """
 
     def __init__(self) -> None:
         self.state = {"bit_generator": "MT19937", "state": None}
-
-
-@contextmanager
-def _without_bits() -> Iterator[None]:
-    """Within, the state of numpy's global generator is what it keeps beside the bit generator: half a pair of normals.
-
-    That of the bit generator itself is copied word by word in Python, which takes ten times longer than all the rest.
-    """
-    bits, _GLOBAL._bit_generator = _GLOBAL._bit_generator, _NoState()
-    try:
-        yield
-    finally:
-        _GLOBAL._bit_generator = bits
 
 
 def _numpy_state() -> Any:
@@ -82,8 +72,11 @@ def _numpy_state() -> Any:
     if type(bits) is not np.random.MT19937:
         return np.random.get_state()
     words = ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES)
-    with _without_bits():
+    try:
+        _GLOBAL._bit_generator = _NoState()
         return words, _GLOBAL.get_state(legacy=False)
+    finally:
+        _GLOBAL._bit_generator = bits
 
 
 def _set_numpy_state(state: Any) -> None:
@@ -92,8 +85,11 @@ def _set_numpy_state(state: Any) -> None:
         np.random.set_state(state)
         return
     words, beside = state
-    with _without_bits():
+    try:
+        _GLOBAL._bit_generator = _NoState()
         _GLOBAL.set_state(beside)
+    finally:
+        _GLOBAL._bit_generator = bits
     ctypes.memmove(bits.ctypes.state_address, words, _MT19937_BYTES)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_sketch.errors import FidelityError
@@ -293,21 +292,32 @@ class _LayersOfCells(TorchFunctionMode):
             torch._C._set_mkldnn_enabled(enabled)
 
 
+# Whether kernels of attention may be chosen, and how that is set: `sdpa_kernel` takes three times as long
+_KERNELS: tuple[tuple[Callable[[], bool], Callable[[bool], None]], ...] = (
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+)
+_WANTED = False, False, False, False, True
+
+
 @contextmanager
 def differentiable_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Choose kernels made of operators with rules for these modules: attention by matrix products, nothing fused."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    # slow to import, and nothing is compiled without it
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    cells = _LayersOfCells() if any(isinstance(m, nn.LSTM) for m in modules) else nullcontext()
+    before = [enabled() for enabled, _ in _KERNELS]
     try:
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if "torch._dynamo" in sys.modules:  # slow to import, and nothing is compiled without it
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if any(isinstance(m, nn.LSTM) for m in modules):
-                stack.enter_context(_LayersOfCells())
+        for (_, enable), wanted in zip(_KERNELS, _WANTED, strict=True):
+            enable(wanted)
+        with eager, cells:
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for (_, enable), enabled in zip(_KERNELS, before, strict=True):
+            enable(enabled)
 
 
 def _precision_of(module: Any) -> AbstractContextManager[None]:
