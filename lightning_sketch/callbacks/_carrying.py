@@ -482,11 +482,9 @@ class CarriesJets(AroundTrainingStep):
             module.configure_gradient_clipping(twin, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
 
         def advance(block: RunJets, start: Start) -> None:
-            params, gradients = block.advance(
-                start, module, original, self.weighting, records, snapshot, clip, step, readings
-            )
+            found = block.advance(start, module, original, self.weighting, records, snapshot, clip, step, readings)
             with lost_without_memory(step):
-                check_update(params, gradients, snapshot, made, step, readings)
+                check_update(*found, snapshot, made, step, readings)
 
         self._counts = ask_counts(snapshot.optimizer, self._names, readings)
         self._in_passes(module, advance)

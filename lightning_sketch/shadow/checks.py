@@ -133,7 +133,8 @@ def check_gradients(ours: Mapping[str, JetTensor | None], theirs: Copies, step: 
 
 def check_update(
     params: Mapping[str, JetTensor],
-    gradients: Copies,
+    of_params: Copies,
+    of_gradients: Copies,
     snapshot: OptimizerSnapshot,
     made: MadeStep,
     step: int,
@@ -143,7 +144,8 @@ def check_update(
 
     Args:
         params: our parameters after the step; their ``grad`` is the clipped gradient.
-        gradients: where its order 0 was before the step, and is now unless it was replaced.
+        of_params: where order 0 was before the step, and is now unless it was replaced.
+        of_gradients: likewise of the gradients.
         snapshot: the user's optimizer before the step.
         made: what the user's step left.
         step: number of the optimizer step.
@@ -154,8 +156,7 @@ def check_update(
         torch.zeros_like(g) if (mine := params[name].grad) is None else mine.primal  # type: ignore[attr-defined]
         for name, g in before.values.items()
     ]
-    in_place = len(ours) == len(gradients.values) and all(map(is_, ours, gradients.values.values()))
-    of_gradient, joined = _tolerances(before.dtypes), gradients.joined if in_place else before.join(ours)
+    of_gradient, joined = _tolerances(before.dtypes), _joined(ours, of_gradients, before)
     if not (known_same(joined, made.clipped) and finite(joined)):
         _require(
             list(before.values),
@@ -166,7 +167,7 @@ def check_update(
             readings,
         )
     copies = snapshot.copies
-    joined = copies.join([jet.primal for jet in params.values()])
+    joined = _joined([jet.primal for jet in params.values()], of_params, copies)
     if known_same(joined, made.params) and finite(joined):
         return
     tolerance, rounding = _tolerances(copies.dtypes), 8 * _eps(copies.dtypes)
@@ -184,6 +185,12 @@ def check_update(
         "`optimizer.state`.",
         readings,
     )
+
+
+def _joined(tensors: Sequence[Tensor], where: Copies, like: Copies) -> list[Tensor]:
+    """Lay tensors side by side as ``like`` does, if they are not ``where`` they were laid before."""
+    there = len(tensors) == len(where.values) and all(map(is_, tensors, where.values.values()))
+    return where.joined if there else like.join(tensors)
 
 
 @lru_cache(maxsize=32)
