@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterable, Mapping
-from itertools import chain, compress
+from itertools import chain, compress, repeat
 from operator import getitem, is_, is_not, ne, setitem
 from typing import Any, TypeVar
 
@@ -85,7 +85,9 @@ class Places:
         self._others, self._no_others = [s for s in others if s], [s for s in others if not s]
         own: list[dict[str, Any]] = [store for m in self.modules for store in (m._parameters, m._buffers)]
         self._of_tensors = [store for store in own if store]
-        self._tensors = list(map(dict.copy, self._of_tensors))
+        self._tensor_keys = [*chain.from_iterable(self._of_tensors)]
+        stores = [*chain.from_iterable(map(repeat, self._of_tensors, map(len, self._of_tensors)))]
+        self._tensor_cells = stores, self._tensor_keys, [*chain.from_iterable(map(dict.values, self._of_tensors))]
         self._empty = [store for store in own if not store]
         names = {id(t): name for name, t in self.tensors.items()}  # by identity, so that tied weights stay tied
         self._named = [(s, key, names[id(t)]) for s in self._of_tensors for key, t in s.items() if t is not None]
@@ -147,12 +149,12 @@ class Places:
 
     def put_back(self) -> None:
         """Put parameters and buffers back, and take away what has been registered since."""
-        deque(map(dict.update, self._of_tensors, self._tensors), maxlen=0)
+        deque(map(setitem, *self._tensor_cells), maxlen=0)
         # the order is that of `named_parameters`
-        if [*chain.from_iterable(self._of_tensors)] != [*chain.from_iterable(self._tensors)]:
-            for store, tensors in zip(self._of_tensors, self._tensors, strict=True):
+        if [*chain.from_iterable(self._of_tensors)] != self._tensor_keys:
+            for store in self._of_tensors:
                 store.clear()
-                store.update(tensors)
+            deque(map(setitem, *self._tensor_cells), maxlen=0)
         for store in filter(None, self._empty):
             store.clear()
 

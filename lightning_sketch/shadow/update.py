@@ -25,7 +25,7 @@ from lightning_sketch.jets.tensor import JetTensor, Lead, constant, wrap
 from lightning_sketch.shadow.carried import flatten
 from lightning_sketch.shadow.checks import Readings
 from lightning_sketch.shadow.flat import Copies
-from lightning_sketch.shadow.places import Places
+from lightning_sketch.shadow.places import IMMUTABLE, Places
 from lightning_sketch.shadow.quiet import ModuleState, RandomState
 from lightning_sketch.shadow.record import TrackedTensors
 
@@ -275,7 +275,9 @@ def _is_count_on_device(value: Any) -> bool:
 
 
 def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value if type(value) in IMMUTABLE else copy.deepcopy(value)
 
 
 class _RefuseNumbers(TorchDispatchMode):
