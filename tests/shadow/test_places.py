@@ -1,5 +1,6 @@
 """Whatever moves in a module is noticed, and what is copied side by side is what was copied."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sketch.shadow.flat import Copies
+from lightning_sketch.shadow.flat import Copies, finite, known_same
 from lightning_sketch.shadow.places import Places
 
 
@@ -99,3 +100,26 @@ def test_sums_of_squares_are_those_of_each_tensor():
     for changed in (torch.zeros(1, 3), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 2).T):
         assert not copies.overwrite({**others, "a": changed})
     assert torch.equal(copies.values["a"], others["a"])
+
+
+def test_copies_of_copies_are_independent_and_side_by_side():
+    tensors = {"a": torch.randn(2, 3), "b": torch.randn(4).double(), "c": torch.randn(3, 5).T, "d": torch.randn(())}
+    copies = Copies(tensors)
+    cloned = copies.clone()
+    assert cloned.values["c"].stride() == tensors["c"].stride()
+    for t in cloned.values.values():
+        t.mul_(2)
+    assert all(torch.equal(copies.values[name], t) for name, t in tensors.items())
+    doubled = [2 * t for t in tensors.values()]
+    assert cloned.known_same(copies.join(doubled))
+    assert not copies.known_same(copies.join(doubled))
+
+
+def test_what_is_known_to_be_the_same():
+    some = [torch.tensor([0.0, 1.0]), torch.tensor([3])]
+    assert known_same(some, [torch.tensor([-0.0, 1.0]), torch.tensor([3])])
+    assert not known_same(some, [torch.tensor([0.0, 1.0]), torch.tensor([4])])
+    assert not known_same([torch.tensor([math.nan])], [torch.tensor([math.nan])])
+    assert finite(some)
+    for number in (math.nan, math.inf, -math.inf):
+        assert not finite([torch.tensor([0.0, number])])
