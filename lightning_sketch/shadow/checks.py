@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from operator import is_
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -133,7 +132,6 @@ def check_gradients(ours: Mapping[str, JetTensor | None], theirs: Copies, step: 
 
 def check_update(
     params: Mapping[str, JetTensor],
-    of_params: Copies,
     of_gradients: Copies,
     snapshot: OptimizerSnapshot,
     made: MadeStep,
@@ -144,8 +142,7 @@ def check_update(
 
     Args:
         params: our parameters after the step; their ``grad`` is the clipped gradient.
-        of_params: where order 0 was before the step, and is now unless it was replaced.
-        of_gradients: likewise of the gradients.
+        of_gradients: where order 0 of the gradients was before the step, and is now unless it was replaced.
         snapshot: the user's optimizer before the step.
         made: what the user's step left.
         step: number of the optimizer step.
@@ -169,8 +166,7 @@ def check_update(
             readings,
         )
     copies = snapshot.copies
-    ours = [jet.primal for jet in params.values()]
-    joined = of_params.joined if all(map(is_, ours, of_params.values.values())) else copies.join(ours)
+    joined = copies.join([jet.primal for jet in params.values()])
     if known_same(joined, made.params) and finite(joined):
         return
     tolerance, rounding = _tolerances(copies.dtypes), 8 * _eps(copies.dtypes)

@@ -109,7 +109,7 @@ class RunJets:
         clip: Callable[[Optimizer], None],
         step: int,
         readings: Readings,
-    ) -> tuple[dict[str, JetTensor], Copies, Copies]:
+    ) -> tuple[dict[str, JetTensor], Copies]:
         """Carry the coefficients through one optimizer step, checking order 0 against the user's run.
 
         Args:
@@ -125,14 +125,14 @@ class RunJets:
                 not the user's, :class:`InstabilityError` if loss or coefficients are not finite; and scales the latter.
 
         Returns:
-            The parameters after the step, and the memory in which order 0 of them and of their gradients was before it.
+            The parameters after the step, and the memory in which order 0 of their gradients was before it.
 
         Raises:
             torch.OutOfMemoryError: if nothing has changed, so that the step may be repeated.
             MemoryShortageError: if the coefficients are lost, since some have changed already.
         """
         with self._unchanged_without_memory():
-            params, of_params = self._parameters(snapshot)
+            params = self._parameters(snapshot)
             gradients = self._gradients(start, module, training_step, weighting, records, params, step, readings)
             check_gradients(gradients, snapshot.gradients, step, readings)
             theirs, of_gradients = self._gradients_as_in_run(gradients, snapshot)
@@ -151,7 +151,7 @@ class RunJets:
             if first:
                 self._drop_unused(theirs)
             self._watch(step, readings)
-        return params, of_params, of_gradients
+        return params, of_gradients
 
     def skip(
         self,
@@ -179,7 +179,7 @@ class RunJets:
             torch.OutOfMemoryError: nothing has changed, so that the step may be repeated.
         """
         with self._unchanged_without_memory():
-            (params, _), unread = self._parameters(snapshot), Readings()
+            params, unread = self._parameters(snapshot), Readings()
             self._gradients(start, module, training_step, weighting, records, params, 0, unread)
 
     @contextmanager
@@ -193,18 +193,17 @@ class RunJets:
             self.params, self.buffers, self._carried = before
             raise
 
-    def _parameters(self, snapshot: OptimizerSnapshot) -> tuple[dict[str, JetTensor], Copies]:
-        """The parameters before the step, and the memory of their order 0."""
+    def _parameters(self, snapshot: OptimizerSnapshot) -> dict[str, JetTensor]:
+        """The parameters before the step; each in memory of its own, as the module's are, for `as_strided`."""
         self._hand_over(snapshot.copies.values.keys())
-        values = snapshot.copies.clone()
         found = {
-            name: wrap(value, [self.params.get(name)], self.lead, requires_grad=name in snapshot.trainable)
-            for name, value in values.values.items()
+            name: wrap(value.clone(), [self.params.get(name)], self.lead, requires_grad=name in snapshot.trainable)
+            for name, value in snapshot.copies.values.items()
         }
         if not self.params:  # the first step: all that is trained varies, for operators without a rule to show
             for name in snapshot.trainable:
                 _ = found[name].coefficients
-        return found, values
+        return found
 
     def _drop_unused(self, gradients: Mapping[str, JetTensor | None]) -> None:
         """Keep no coefficients of parameters that the first step did not reach."""
