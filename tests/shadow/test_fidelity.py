@@ -332,3 +332,23 @@ def test_the_default_dtype_of_the_run(tmp_path):
             return (0.5 + torch.rand(())) * super().training_step(batch, batch_idx)
 
     assert_first_order(Draws, tmp_path)
+
+
+class Strided(Classifier):
+    """Reads a parameter at an offset from the beginning of its memory."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        weight = self.net[2].weight
+        logits = F.linear(self.net[:2](x), weight.as_strided(weight.shape, weight.stride(), 0), self.net[2].bias)
+        return F.cross_entropy(logits, y)
+
+
+def test_a_parameter_may_be_read_at_an_offset(tmp_path):
+    """Oracle: the same training without it."""
+    for module in (Classifier, Strided):
+        fit(module, [sketch(tmp_path / module.__name__, degree=2)])
+    (a,), (b,) = (Sketch.load(tmp_path / m.__name__ / "sketch").shards() for m in (Classifier, Strided))
+    assert a.scaled.keys() == b.scaled.keys()
+    for name in a.scaled:
+        torch.testing.assert_close(a.scaled[name], b.scaled[name], rtol=1e-9, atol=1e-12)
