@@ -52,7 +52,7 @@ class RandomState:
         random.setstate(self.python)
 
 
-_GLOBAL: Any = np.random.get_state.__self__  # type: ignore[attr-defined]
+_GLOBAL: Any = np.random.mtrand._rand
 _MT19937_BYTES = 625 * 4  # 624 words and the position among them
 
 
@@ -68,7 +68,7 @@ class _NoState:
 
 def _numpy_state() -> Any:
     """The state of numpy's global generator, as bytes and what is kept beside them where they are those of MT19937."""
-    bits = _GLOBAL._bit_generator
+    bits = getattr(_GLOBAL, "_bit_generator", None)
     if type(bits) is not np.random.MT19937:
         return np.random.get_state()
     words = ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES)
@@ -80,7 +80,7 @@ def _numpy_state() -> Any:
 
 
 def _set_numpy_state(state: Any) -> None:
-    bits = _GLOBAL._bit_generator
+    bits = getattr(_GLOBAL, "_bit_generator", None)
     if type(bits) is not np.random.MT19937 or len(state) != 2:
         np.random.set_state(state)
         return
