@@ -22,7 +22,7 @@ def tail(terms: np.ndarray, errors: np.ndarray, profile: np.ndarray) -> tuple[np
     - The prediction is reliable if its error, were all orders left out of the same sign (``rho / (1 - rho)`` times the
       last term), is still below what the orders above the first change: if not, the first order alone may be as good,
       and the series may not converge at all. Where the ratios grow, ``rho`` is here at least the next one, were it to
-      grow by as much again: terms that fall ever more slowly do so where a series converges slowly or not at all.
+      grow by the same factor again: terms fall ever more slowly where a series converges slowly or not at all.
 
     From one order no ratio can be had: the tail is then as large as the term, and nothing is reliable.
 
@@ -45,7 +45,9 @@ def tail(terms: np.ndarray, errors: np.ndarray, profile: np.ndarray) -> tuple[np
         largest = ratios.max(axis=0)
         capped = np.minimum(largest, LARGEST_RATIO)
         deviation = np.where(last > 0, (largest / np.sqrt(1 - capped**2))[:, None] * last, 0.0)
-        following = np.maximum(largest, 2 * ratios[-1] - ratios[-2]) if len(ratios) > 1 else largest
+        following = largest
+        if len(ratios) > 1:
+            following = np.where(ratios[-1] > 0, np.maximum(largest, ratios[-1] ** 2 / ratios[-2]), largest)
         rest = following / (1 - np.minimum(following, LARGEST_RATIO)) * sizes[-1]
         error = np.hypot(_size(errors.sum(axis=0)), rest)
         reliable: np.ndarray = error <= _size(terms[1:].sum(axis=0))

@@ -55,7 +55,7 @@ def test_a_series_that_does_not_converge_is_not_reliable(ratio):
 
 @pytest.mark.parametrize(("last", "expected"), [(0.02, True), (0.04, True), (0.1, False)])
 def test_ratios_that_grow_are_taken_to_grow_on(last, expected):
-    """Oracle: by hand. Ratios of 0.2, then 0.1, 0.2 or 0.5; only the last grows, to 0.8, and so leaves 0.4 of 0.3."""
+    """Oracle: by hand. Ratios of 0.2, then 0.1, 0.2 or 0.5; only the last grows, to 1.25, where no series converges."""
     terms = np.array([1.0, 0.2, last])[:, None, None] * np.ones((1, 1, 4))
     deviation, reliable = tail(terms, np.zeros_like(terms), np.ones(4))
     assert reliable.tolist() == [expected]
