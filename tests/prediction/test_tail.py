@@ -28,15 +28,15 @@ def test_the_tail_of_a_series_of_random_signs(ratio, degree):
 
 def test_the_tail_against_the_formula():
     """Oracle: the definition for one deletion, by hand; the largest ratio counts, and half comes from the profile."""
-    terms = np.array([[[3.0, 4.0]], [[0.6, 0.8]], [[0.24, 0.32]]])
+    terms = np.array([[[3.0, 4.0]], [[1.2, 1.6]], [[0.24, 0.32]]])
     deviation, reliable = tail(terms, np.zeros((3, 1, 2)), np.array([1.0, 1.0]))
     last = np.sqrt((np.array([0.24, 0.32]) ** 2 + 0.4**2 / 2) / 2)
     np.testing.assert_allclose(deviation[0], 0.4 / math.sqrt(1 - 0.4**2) * last, rtol=1e-12)
     assert reliable.all()
     errors = np.zeros((3, 1, 2))
-    errors[1] = [[0.6, 0.8]]  # as large as the second term: so are ratio and gain
+    errors[1] = [[1.2, 1.6]]  # as large as the second term: so are ratio and gain
     deviation, reliable = tail(terms, errors, np.array([1.0, 1.0]))
-    ratio = max(math.sqrt(2) / 5, 0.4 / math.sqrt(2))
+    ratio = 0.4 * math.sqrt(2)
     np.testing.assert_allclose(deviation[0], ratio / math.sqrt(1 - ratio**2) * last, rtol=1e-12)
     assert reliable.all()
     errors[1] *= 1.4
