@@ -33,15 +33,21 @@ class Influence:
         gradients: ``(O, m)``, of the outputs at the end of training, projected as the features are.
         displacements: ``(K, m)`` complex, the first-order coefficients of the parameters along the directions,
             projected likewise.
+        num_points: how many of the points order 1 takes, spread evenly, the last among them; None is all.
     """
 
     features: UnitFeatures
     gradients: np.ndarray
     displacements: np.ndarray
+    num_points: int | None = None
 
     def of(self, gradients: np.ndarray) -> Influence:
         """Return the influences on other outputs."""
         return replace(self, gradients=gradients)
+
+    def at_points(self, count: int) -> Influence:
+        """Return the influences at so many of the points, at least one."""
+        return replace(self, num_points=max(1, min(count, len(self.features.array))))
 
     @property
     def of_units(self) -> Influence:
@@ -64,9 +70,11 @@ class Influence:
 
     @cached_property
     def _factors(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Of every point: left singular vectors ``(n, p)``, filters ``(ridges, p)`` and right factors ``(p, O)``."""
+        """Of each point taken: left singular vectors ``(n, p)``, filters ``(ridges, p)``, right factors ``(p, O)``."""
         found = []
-        for gradients, (left, squares) in zip(self.features.array, self.features.spectra, strict=True):
+        last = len(self.features.array) - 1
+        for point in np.linspace(last, 0, self.num_points or last + 1).round().astype(int)[::-1]:
+            gradients, (left, squares) = self.features.array[point], self.features.spectra[point]
             mean = squares.sum() / len(left) + np.finfo(np.float64).tiny
             filters = np.stack([mean / (squares + ridge * mean) for ridge in RIDGES])
             found.append((left, filters, (left.T @ gradients) @ self.gradients.T / mean))

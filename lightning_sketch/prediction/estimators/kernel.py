@@ -14,11 +14,12 @@ from lightning_sketch.prediction.estimators.base import Estimator, Expansion
 from lightning_sketch.prediction.estimators.grams import ROUNDING, Gram, Pairs, Prior, Vectors, independent_rows
 from lightning_sketch.prediction.estimators.priors import (
     MAX_LIKELIHOOD_ROWS,
+    MEASUREMENTS_PER_WEIGHT,
     Choice,
     choose_prior,
     few_outputs,
 )
-from lightning_sketch.prediction.influence import Influence
+from lightning_sketch.prediction.influence import RIDGES, Influence
 
 _UNITS_AT_ONCE = 256
 # Outputs' worth of equal effects that are added to those of every unit, which few outputs do not tell apart.
@@ -63,9 +64,10 @@ class KernelEstimator(Estimator):
     ``h``, where features of the units are given; with ``b``; with ``g``; and with a mean. Within
     a kind the weights, zero included, maximise the marginal likelihood (equation 2.30) on grids, one weight after the
     other; among kinds the best is that which best predicts every stored direction from the others
-    (:meth:`Fit.held_out_density`). A mean is tried from
-    :data:`MEASUREMENTS_PER_WEIGHT` measurements for each of its weights on: leading eigenvectors are alike in what
-    unlearns them, so few of them do not tell the ridges apart that matter for the rest.
+    (:meth:`Fit.held_out_density`). A mean takes as
+    many of the recorded points as leave :data:`MEASUREMENTS_PER_WEIGHT` measurements for each of its weights, and is
+    not tried with less: leading eigenvectors are alike in what unlearns them, so few of them do not tell the ridges
+    apart that matter for the rest.
 
     Measurements may depend on each other: more directions than units always do at order 1. A Cholesky factorisation
     with diagonal pivoting keeps ``p`` independent ones and leaves out those that they determine (LAPACK ``dpstrf``;
@@ -101,6 +103,10 @@ class KernelEstimator(Estimator):
         if features is not None and features.any():
             self._maps["gradients"] = features * (math.sqrt(len(features)) / np.linalg.norm(features))
         self._features, self._influence = features, influence
+        if influence is not None:
+            measured = min(directions.shape[1], len(directions) * (1 + bool(directions.imag.any())))
+            weights = min(measured, MAX_LIKELIHOOD_ROWS) // MEASUREMENTS_PER_WEIGHT
+            self._influence = influence.at_points(weights // len(RIDGES))
         self._orders: dict[int, _Order] = {}
 
     def expand(self, x: np.ndarray, degree: int) -> Expansion:
@@ -256,9 +262,8 @@ class KernelEstimator(Estimator):
         rows = independent_rows(Gram(self._vectors(Prior(), r), r), Prior())[0]
         maps = {name: shared for name, shared in self._maps.items() if r > 1 or name != "effects"}
         terms = self._mean_terms(self._directions, r, few_outputs(values))
-        return self._solve(
-            r, choose_prior(self._directions, maps, r, rows[:MAX_LIKELIHOOD_ROWS], values, terms, self._scale(r))
-        )
+        rows = rows[:: -(-len(rows) // MAX_LIKELIHOOD_ROWS) or 1]  # evenly: the first of them are alike
+        return self._solve(r, choose_prior(self._directions, maps, r, rows, values, terms, self._scale(r)))
 
     def _solve(self, r: int, choice: Choice) -> _Order:
         """Regress the measurements of an order under a given prior."""
