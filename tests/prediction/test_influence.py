@@ -1,6 +1,7 @@
 """Influence functions as the prior mean of the kernel estimator."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,16 +160,36 @@ def test_kernel_believes_in_influences_that_predict_held_out_directions(say, com
         assert error == pytest.approx(without)
 
 
-def test_few_measurements_leave_the_mean_at_zero():
-    """Oracle: the estimator without, on effects that are an influence function; ten weights want 30 measurements."""
+def test_few_measurements_take_few_points_or_leave_the_mean_at_zero():
+    """Oracle: estimators with the last point alone, and without, on effects that are an influence function there.
+
+    A point has five weights, which want 15 measurements.
+    """
     rng = np.random.default_rng(6)
     ours = influence(rng, rng.standard_normal((8, 50)), n=60)
-    true = ours.first(np.eye(60))[3]
-    psi = rng.standard_normal((30, 60)).astype(np.complex128)
-    enough, few = (KernelEstimator(psi[:count], (psi[:count] @ true)[None], None, ours) for count in (30, 29))
-    assert enough._order(1).prior.informed
-    plain = KernelEstimator(psi[:29], (psi[:29] @ true)[None])
-    np.testing.assert_array_equal(few(np.eye(60), 1)[0], plain(np.eye(60), 1)[0])
+    features = ours.features
+    last = replace(ours, features=UnitFeatures(features.array[1:], features.losses[1:], "", 0))
+    true = ours.first(np.eye(60))[8]
+    psi, x = rng.standard_normal((30, 60)).astype(np.complex128), np.eye(60)
+
+    def estimator(count, given):
+        return KernelEstimator(psi[:count], (psi[:count] @ true)[None], None, given)
+
+    assert len(estimator(30, ours)._order(1).choice.weights) == 10
+    assert len(estimator(29, ours)._order(1).choice.weights) == 5
+    np.testing.assert_array_equal(estimator(29, ours)(x, 1)[0], estimator(29, last)(x, 1)[0])
+    np.testing.assert_array_equal(estimator(14, ours)(x, 1)[0], estimator(14, None)(x, 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "points"), [(1, [3]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
+)
+def test_points_are_taken_evenly(count, points):
+    """Oracle: the terms of all points, of which these are kept; the last is always among them."""
+    rng = np.random.default_rng(7)
+    ours, x = influence(rng, rng.standard_normal((3, M)), points=4), rng.standard_normal((4, N))
+    terms = ours.first(x).reshape(4, len(RIDGES), 4, 3)
+    np.testing.assert_array_equal(ours.at_points(count).first(x), terms[points].reshape(-1, 4, 3))
 
 
 def test_orders_of_least_squares_are_found_from_the_first_order():
