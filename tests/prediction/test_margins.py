@@ -175,3 +175,24 @@ def test_one_order_does_not_tell_losses_from_margins():
     coefficients = taylor(logistic, psi, 1)
     kernel = KernelEstimator(psi, coefficients)
     assert best_of_losses(kernel, coefficients, Margins.of(torch.from_numpy(logistic.losses))) is kernel
+
+
+def test_losses_that_rounding_keeps_from_coming_back_have_no_margin():
+    """Oracle: coefficients whose powers cancel or overflow, of some of the outputs and of all."""
+    rng = np.random.default_rng(9)
+    losses, psi = rng.uniform(0.1, 3, OUTPUTS), np.eye(N, dtype=complex)
+    margins = Margins.of(torch.from_numpy(losses))
+    bending = taylor(Logistic(0.3), psi, 3)
+    for factor, degree in ((1e200, 3), (1.0, 40)):
+        far = np.zeros((degree, N, OUTPUTS), dtype=complex)
+        far[:] = factor * rng.standard_normal(far.shape)
+        assert not isinstance(best_of_losses(KernelEstimator(psi, far), far, margins), MarginEstimator)
+    some = bending.copy()
+    some[..., 3] *= 1e200
+    logistic = Margins.of(torch.from_numpy(Logistic(0.3).losses))
+    estimator = best_of_losses(KernelEstimator(psi, bending), bending, logistic)
+    mixed = best_of_losses(KernelEstimator(psi, some), some, logistic)
+    assert isinstance(estimator, MarginEstimator)
+    assert isinstance(mixed, MarginEstimator)
+    assert np.isfinite(mixed.expand(np.eye(N), 3).terms).all()
+    np.testing.assert_allclose(mixed.expand(np.eye(N), 3).terms, some.real, rtol=1e-7, atol=1e-9)

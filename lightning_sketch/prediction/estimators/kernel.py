@@ -262,7 +262,7 @@ class KernelEstimator(Estimator):
         rows = independent_rows(Gram(self._vectors(Prior(), r), r), Prior())[0]
         maps = {name: shared for name, shared in self._maps.items() if r > 1 or name != "effects"}
         terms = self._mean_terms(self._directions, r, few_outputs(values))
-        rows = rows[:: -(-len(rows) // MAX_LIKELIHOOD_ROWS) or 1]  # evenly: the first of them are alike
+        rows = rows[:MAX_LIKELIHOOD_ROWS]
         return self._solve(r, choose_prior(self._directions, maps, r, rows, values, terms, self._scale(r)))
 
     def _solve(self, r: int, choice: Choice) -> _Order:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from lightning_sketch.prediction.estimators.kernel import KernelEstimator
 
 # Losses below so many units of their rounding have no margin: it would be rounding.
 _LEAST_LOSS = 100.0
+_ROUNDING = 1e-9  # of an order's coefficients, allowed on the way to margins and back
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Margins:
         return result
 
     def to_losses(self, coefficients: np.ndarray) -> np.ndarray:
-        """Return the coefficients of the losses from those of the margins, orders from 1 on, ``(R, m, O)``, real."""
+        """Return the coefficients of the losses from those of the margins, orders from 1 on, ``(R, m, O)``."""
         result, having = coefficients.copy(), self.having
         _, series = _compose(_loss, self._margin, coefficients[..., having] / self._slope)
         result[..., having] = series
@@ -115,14 +116,22 @@ class MarginEstimator(Estimator):
 def best_of_losses(kernel: KernelEstimator, coefficients: np.ndarray, margins: Margins) -> Estimator:
     """Return the estimator of losses or of margins, whichever better predicts every direction from the others.
 
-    Compared are densities of the second order, on which losses and margins first differ.
+    Compared are densities of the second order, on which losses and margins first differ. Losses whose
+    coefficients do not come back from those of their margins, for rounding (at degrees of 20 and more) or overflow, are
+    left as they are.
 
     Args:
         kernel: of the losses.
         coefficients: ``(R, K, O)`` complex128, of the losses.
         margins: of the losses.
     """
-    if len(coefficients) == 1 or not margins.having.any():
+    if len(coefficients) == 1:
+        return kernel
+    with np.errstate(all="ignore"):
+        error = np.abs(margins.to_losses(margins.of_losses(coefficients)) - coefficients).max(axis=1)
+        exact = (error <= _ROUNDING * np.abs(coefficients).max(axis=1)).all(axis=0)
+    margins = replace(margins, having=margins.having & exact)
+    if not margins.having.any():
         return kernel
     other = kernel.with_higher_orders(margins.of_losses(coefficients))
     return MarginEstimator(other, margins) if other.density(2) > kernel.density(2) else kernel
