@@ -22,7 +22,7 @@ from lightning_sketch import DeletionPredictor, GradientFeatures, Sketch, Sketch
 from lightning_sketch.metrics import IntervalCoverage, LinearDatamodelingScore, RelativeChangeError
 
 SIZES = (1, 5, 20, 100)
-POINTS = (
+POINTS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 7 / 32, 1 / 4, 5 / 16, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # of the pilot run
     1 / 32,
     1 / 16,
     3 / 32,

@@ -33,7 +33,7 @@ class Influence:
         gradients: ``(O, m)``, of the outputs at the end of training, projected as the features are.
         displacements: ``(K, m)`` complex, the first-order coefficients of the parameters along the directions,
             projected likewise.
-        num_points: how many of the points order 1 takes, spread evenly, the last among them; None is all.
+        num_points: how many of the points order 1 takes, the last of as many even runs of them; None is all.
     """
 
     features: UnitFeatures
@@ -72,8 +72,9 @@ class Influence:
     def _factors(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Of each point taken: left singular vectors ``(n, p)``, filters ``(ridges, p)``, right factors ``(p, O)``."""
         found = []
-        last = len(self.features.array) - 1
-        for point in np.linspace(last, 0, self.num_points or last + 1).round().astype(int)[::-1]:
+        recorded = len(self.features.array)
+        count = self.num_points or recorded
+        for point in (-(-recorded * i // count) - 1 for i in range(1, count + 1)):
             gradients, (left, squares) = self.features.array[point], self.features.spectra[point]
             mean = squares.sum() / len(left) + np.finfo(np.float64).tiny
             filters = np.stack([mean / (squares + ridge * mean) for ridge in RIDGES])
