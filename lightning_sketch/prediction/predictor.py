@@ -47,7 +47,8 @@ class DeletionPredictor:
         module: a module of the class that was trained.
         output: what is predicted, per example unless said otherwise:
 
-            - ``"loss"``: the training loss, ``(B,)``;
+            - ``"loss"``: the training loss, ``(B,)``; predicted through margins where that is better
+              (:class:`~lightning_sketch.prediction.estimators.margins.MarginEstimator`), unlike losses of a callable;
             - ``"logits"``: what ``forward`` returns for the inputs of the batch, or its entry ``"logits"``;
             - ``"probabilities"``: their softmax over classes, ``(B, C)``, or the sigmoid of single logits;
             - ``"margin"``: ``log(p / (1 - p))`` of the example's own class, ``(B,)``;
