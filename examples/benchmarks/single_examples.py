@@ -25,8 +25,8 @@ SIZES = (1, 5, 20, 100)
 # Points of the pilot run where its gradients are recorded.
 POINTS = (1 / 32, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 7 / 32, 1 / 4, 5 / 16, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)
 PROJECTION = 8192
-# name -> (design, whether its directions or its prior need the gradients of a pilot run, estimator)
 METAGRADIENT = "exact first order (metagradient)"
+# name -> (design, whether its directions or its prior need the gradients of a pilot run, estimator)
 CASES = {
     METAGRADIENT: ("basis", None, "kernel"),
     "sphere, mean": ("sphere", None, "mean"),

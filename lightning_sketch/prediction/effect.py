@@ -422,8 +422,9 @@ class Effect:
         if degree > 1:
             reliable &= self._estimators[key].measured(x) >= LEAST_MEASURED
         change = terms.sum(axis=0)
-        beyond = resum(terms, reliable)
-        if expansion.beyond is not None:
+        if expansion.beyond is None:
+            beyond = resum(terms, reliable)
+        else:
             truncation = np.maximum(truncation, np.abs(expansion.beyond))
             beyond = np.where(reliable[:, None], expansion.beyond, 0)
 

@@ -306,14 +306,13 @@ _WANTED = False, False, False, False, True
 @contextmanager
 def differentiable_kernels(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Choose kernels made of operators with rules for these modules: attention by matrix products, nothing fused."""
-    # slow to import, and nothing is compiled without it
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     cells = _LayersOfCells() if any(isinstance(m, nn.LSTM) for m in modules) else nullcontext()
     before = [enabled() for enabled, _ in _KERNELS]
     try:
         for (_, enable), wanted in zip(_KERNELS, _WANTED, strict=True):
             enable(wanted)
-        with eager, cells:
+        # slow to import, and nothing is compiled without it
+        with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(), cells:
             yield
     finally:
         for (_, enable), enabled in zip(_KERNELS, before, strict=True):

@@ -103,10 +103,6 @@ class KernelEstimator(Estimator):
         if features is not None and features.any():
             self._maps["gradients"] = features * (math.sqrt(len(features)) / np.linalg.norm(features))
         self._features, self._influence = features, influence
-        if influence is not None:
-            measured = min(directions.shape[1], len(directions) * (1 + bool(directions.imag.any())))
-            weights = min(measured, MAX_LIKELIHOOD_ROWS) // MEASUREMENTS_PER_WEIGHT
-            self._influence = influence.at_points(weights // len(RIDGES))
         self._orders: dict[int, _Order] = {}
 
     def expand(self, x: np.ndarray, degree: int) -> Expansion:
@@ -144,7 +140,7 @@ class KernelEstimator(Estimator):
         """
         self._order(2)  # what rests on the first order is the same: computed once
         other = copy.copy(self)
-        other._coefficients = coefficients if self._directions.dtype == np.complex128 else coefficients.real
+        other._coefficients = coefficients if np.iscomplexobj(self._directions) else coefficients.real
         other._orders = {1: self._order(1)}
         return other
 
@@ -192,27 +188,27 @@ class KernelEstimator(Estimator):
 
     def _scale(self, r: int) -> np.ndarray | None:
         """Return ``S`` of :class:`Prior`, ``(n,)``; None, for ones, at order 1."""
-        if r == 1:
-            return None
-        self._find_effects()
-        effects = self._maps["effects"]
+        return None if r == 1 else self._unit_sizes
+
+    @cached_property
+    def _unit_sizes(self) -> np.ndarray:
+        """Sizes of the first-order effects of the units, ``(n,)``; also makes ``Phi``, which they are the rows' of."""
+        effects = self._maps["effects"] = self._scaled_effects()
         squares, outputs = np.square(effects).sum(axis=1), effects.shape[1]
-        scale: np.ndarray = np.sqrt((outputs * squares + _EQUAL_EFFECTS) / (outputs + _EQUAL_EFFECTS))
-        return scale
+        sizes: np.ndarray = np.sqrt((outputs * squares + _EQUAL_EFFECTS) / (outputs + _EQUAL_EFFECTS))
+        return sizes
 
     def _used(self, prior: Prior) -> dict[str, np.ndarray]:
         return {name: shared for name, shared in self._maps.items() if getattr(prior, name)}
 
-    def _find_effects(self) -> None:
-        """Make ``Phi``, ``(n, q)``, of at most :data:`MAX_LIKELIHOOD_OUTPUTS` outputs that change at all."""
-        if "effects" not in self._maps:
-            n = self._directions.shape[1]
-            effects = self._effects(few_outputs(self._coefficients))
-            norms = np.linalg.norm(effects, axis=0)
-            effects = effects[:, norms > _NO_EFFECT * norms.max(initial=0)]
-            if effects.size:
-                effects *= math.sqrt(n / effects.shape[1]) / np.linalg.norm(effects, axis=0)
-            self._maps["effects"] = effects
+    def _scaled_effects(self) -> np.ndarray:
+        """Return ``Phi``, ``(n, q)``, of at most :data:`MAX_LIKELIHOOD_OUTPUTS` outputs that change at all."""
+        effects = self._effects(few_outputs(self._coefficients))
+        norms = np.linalg.norm(effects, axis=0)
+        effects = effects[:, norms > _NO_EFFECT * norms.max(initial=0)]
+        if effects.size:
+            effects *= math.sqrt(len(effects) / effects.shape[1]) / np.linalg.norm(effects, axis=0)
+        return effects
 
     def _effects(self, outputs: slice) -> np.ndarray:
         """Return the first-order effects of all units on some outputs, ``(n, O)``."""
@@ -257,12 +253,11 @@ class KernelEstimator(Estimator):
 
     def _factor(self, r: int) -> _Order:
         values = measurements(times_power(self._coefficients[r - 1], 1 / self._norms, r))
-        if r > 1:
-            self._find_effects()
-        rows = independent_rows(Gram(self._vectors(Prior(), r), r), Prior())[0]
+        rows = independent_rows(Gram(self._vectors(Prior(), r), r), Prior())[0][:MAX_LIKELIHOOD_ROWS]
         maps = {name: shared for name, shared in self._maps.items() if r > 1 or name != "effects"}
+        if r == 1 and self._influence is not None:
+            self._influence = self._influence.at_points(len(rows) // (MEASUREMENTS_PER_WEIGHT * len(RIDGES)))
         terms = self._mean_terms(self._directions, r, few_outputs(values))
-        rows = rows[:MAX_LIKELIHOOD_ROWS]
         return self._solve(r, choose_prior(self._directions, maps, r, rows, values, terms, self._scale(r)))
 
     def _solve(self, r: int, choice: Choice) -> _Order:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -71,12 +72,12 @@ class Margins:
         result[:, having] = _loss(torch.from_numpy(margins)).numpy() - self.losses[having]
         return result
 
-    @property
+    @cached_property
     def _margin(self) -> np.ndarray:
         margins: np.ndarray = _margin(torch.from_numpy(self.losses[self.having])).numpy()
         return margins
 
-    @property
+    @cached_property
     def _slope(self) -> np.ndarray:
         slope: np.ndarray = np.expm1(-self.losses[self.having])
         return slope
@@ -128,12 +129,13 @@ def best_of_losses(kernel: KernelEstimator, coefficients: np.ndarray, margins: M
     if len(coefficients) == 1:
         return kernel
     with np.errstate(all="ignore"):
-        error = np.abs(margins.to_losses(margins.of_losses(coefficients)) - coefficients).max(axis=1)
+        of_margins = margins.of_losses(coefficients)
+        error = np.abs(margins.to_losses(of_margins) - coefficients).max(axis=1)
         exact = (error <= _ROUNDING * np.abs(coefficients).max(axis=1)).all(axis=0)
     margins = replace(margins, having=margins.having & exact)
     if not margins.having.any():
         return kernel
-    other = kernel.with_higher_orders(margins.of_losses(coefficients))
+    other = kernel.with_higher_orders(np.where(margins.having, of_margins, coefficients))
     return MarginEstimator(other, margins) if other.density(2) > kernel.density(2) else kernel
 
 
