@@ -22,7 +22,8 @@ from lightning_sketch.prediction.influence import Influence
 from lightning_sketch.prediction.outputs import PARAMETER, Output, named_output, targets_of
 from lightning_sketch.shadow.example_ids import batch_size
 from lightning_sketch.shadow.places import Places
-from lightning_sketch.shadow.quiet import RandomState, quiet
+from lightning_sketch.shadow.quiet import quiet
+from lightning_sketch.shadow.random_state import RandomState
 from lightning_sketch.shadow.record import call_with_tensors, differentiable_kernels
 from lightning_sketch.shadow.scaling import scale_orders
 from lightning_sketch.shadow.unit_gradients import CountSketch

@@ -113,10 +113,11 @@ class Places:
                 values = self._read()
             except KeyError:  # one attribute in the place of another
                 return Places(self.module)
-            changed = compress(zip(self.values, values, strict=True), map(is_not, self.values, values))
-            if not IMMUTABLE.issuperset(map(type, chain.from_iterable(changed))):
-                self._mutable = None
-            self.values = values
+            if not all(map(is_, self.values, values)):
+                changed = compress(zip(self.values, values, strict=True), map(is_not, self.values, values))
+                if not IMMUTABLE.issuperset(map(type, chain.from_iterable(changed))):
+                    self._mutable = None
+                self.values = values
             return self
         return Places(self.module)
 
@@ -165,7 +166,10 @@ class Places:
 
     def set_values(self, values: list[Any]) -> None:
         """Give the attributes earlier ``values``, and delete those that have been made since."""
-        deque(map(setitem, *self._cells, values), maxlen=0)
+        try:
+            self.change_values(values, self._read())
+        except KeyError:  # one was deleted
+            deque(map(setitem, *self._cells, values), maxlen=0)
         changed = map(ne, map(len, self._owners), self._sizes)
         for owner, own in compress(zip(self._owners, self._own, strict=True), changed):
             for key in [key for key in owner if key not in STRUCTURE and key not in own]:

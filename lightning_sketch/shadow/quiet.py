@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,75 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.places import IMMUTABLE, Places, by_name, is_metric
+from lightning_sketch.shadow.random_state import RandomState
 
 CONTAINERS = (list, dict, set, deque)
 _WORLD = (nn.Module, Dataset, DataLoader, pl.LightningDataModule, pl.Callback)
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The state of the global generators: torch on CPU and on the module's own device, numpy, Python."""
-
-    device: torch.device
-    cpu: Tensor
-    own: Tensor | None
-    numpy: Any
-    python: Any
-
-    @classmethod
-    def capture(cls, device: torch.device) -> RandomState:
-        """Read the present state."""
-        own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(device, torch.get_rng_state(), own, _numpy_state(), random.getstate())
-
-    def restore(self) -> None:
-        """Make this the present state."""
-        torch.set_rng_state(self.cpu)
-        if self.own is not None:
-            torch.cuda.set_rng_state(self.own, self.device)
-        _set_numpy_state(self.numpy)
-        random.setstate(self.python)
-
-
-_GLOBAL: Any = np.random.mtrand._rand
-_MT19937_BYTES = 625 * 4  # 624 words and the position among them
-
-
-class _NoState:
-    """Takes the place of the bit generator where only what is kept beside it is wanted: half a pair of normals.
-
-    The generator's own state is copied word by word in Python, which takes ten times longer than all the rest.
-    """
-
-    def __init__(self) -> None:
-        self.state = {"bit_generator": "MT19937", "state": None}
-
-
-def _numpy_state() -> Any:
-    """The state of numpy's global generator, as bytes and what is kept beside them where they are those of MT19937."""
-    bits = getattr(_GLOBAL, "_bit_generator", None)
-    if type(bits) is not np.random.MT19937:
-        return np.random.get_state()
-    words = ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES)
-    try:
-        _GLOBAL._bit_generator = _NoState()
-        return words, _GLOBAL.get_state(legacy=False)
-    finally:
-        _GLOBAL._bit_generator = bits
-
-
-def _set_numpy_state(state: Any) -> None:
-    bits = getattr(_GLOBAL, "_bit_generator", None)
-    if type(bits) is not np.random.MT19937 or len(state) != 2:
-        np.random.set_state(state)
-        return
-    words, beside = state
-    try:
-        _GLOBAL._bit_generator = _NoState()
-        _GLOBAL.set_state(beside)
-    finally:
-        _GLOBAL._bit_generator = bits
-    ctypes.memmove(bits.ctypes.state_address, words, _MT19937_BYTES)
 
 
 class ModuleState:
@@ -112,13 +45,7 @@ class ModuleState:
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._restore_contents: list[Callable[[], Any]] = []
         self._seen: set[int] = set()
-        # Helper objects of the user's own, such as a running average, but not the world behind them
-        self._packages = {_package(c) for c in type(places.module).__mro__} - {
-            "lightning",
-            "pytorch_lightning",
-            "torch",
-            "builtins",
-        }
+        self._packages = _own_packages(type(places.module))
         for m, key, value in places.mutable():
             if not is_metric(m):
                 self._remember(value, m, key)
@@ -163,7 +90,6 @@ class ModuleState:
         """
         if present is None:
             self.places.set_values(self._values)
-            self.places.put_back()
         else:
             self.places.change_values(self._values, present._values)
         for held, contents in self._dicts:
@@ -190,6 +116,13 @@ class ModuleState:
 
 def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
+
+
+@functools.lru_cache(maxsize=32)
+def _own_packages(kind: type) -> frozenset[str]:
+    """Where the user's helper objects are from, such as a running average, but not the world behind them."""
+    packages = frozenset(map(_package, kind.__mro__))
+    return packages - {"lightning", "pytorch_lightning", "torch", "builtins"}
 
 
 def _refill(container: Any, contents: Any) -> Callable[[], None]:
@@ -251,29 +184,35 @@ def quiet(places: Places, device: torch.device) -> Iterator[Start]:
         device: of the module.
     """
     present_random = RandomState.capture(device)
-    present_module = ModuleState(places.now())
+    places = places.now()
     module: Any = places.module
-    metrics = [*present_module.places.metrics, *present_module.held_metrics]
+    present_module = ModuleState(places)
+    metrics = [*places.metrics, *present_module.held_metrics]
     present_held = [ModuleState(Places(m)) for m in present_module.held_metrics]
     trainer: Any = getattr(module, "_trainer", None)
     loggers = list(trainer.loggers) if trainer is not None else []
     present_checkpoint = CheckpointFunction.apply
 
     nothing_ran = True
+    put_back = True  # tensors and submodules too; whoever takes up recorded states does that by `call_with_tensors`
 
     def start(random_state: RandomState, module_state: ModuleState | None) -> Places:
-        nonlocal nothing_ran
+        nonlocal nothing_ran, put_back
         unchanged, nothing_ran = nothing_ran, False
         random_state.restore()
         if module_state is None:
-            return present_module.places
-        if unchanged and module_state.places is present_module.places:
+            return places
+        if unchanged and module_state.places is places:
+            put_back = False
             module_state.restore(present_module)
             return module_state.places
         module_state.restore()
-        places = module_state.places.now()  # before anything of ours is among them
+        put_back = put_back or module_state.places is not places
+        if put_back:
+            module_state.places.put_back()
+        now = module_state.places.now()  # before anything of ours is among them
         silence()
-        return places
+        return now
 
     def silence() -> None:
         for metric in metrics:
@@ -293,5 +232,8 @@ def quiet(places: Places, device: torch.device) -> Iterator[Start]:
             trainer.loggers = loggers
         for state in present_held:
             state.restore()
+            state.places.put_back()
         present_module.restore()
+        if put_back:
+            places.put_back()
         present_random.restore()

@@ -20,7 +20,8 @@ from lightning_sketch.shadow.checks import Readings
 from lightning_sketch.shadow.example_ids import tensors_of
 from lightning_sketch.shadow.flat import Copies
 from lightning_sketch.shadow.places import Places
-from lightning_sketch.shadow.quiet import ModuleState, RandomState, Start
+from lightning_sketch.shadow.quiet import ModuleState, Start
+from lightning_sketch.shadow.random_state import RandomState
 from lightning_sketch.shadow.ranks import Ranks
 from lightning_sketch.shadow.weighting import training_loss
 

@@ -15,7 +15,8 @@ from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.jets.tensor import JetTensor, Lead, wrap
 from lightning_sketch.shadow.example_ids import batch_size, refuse_untraceable
 from lightning_sketch.shadow.places import Places
-from lightning_sketch.shadow.quiet import ModuleState, RandomState, quiet
+from lightning_sketch.shadow.quiet import ModuleState, quiet
+from lightning_sketch.shadow.random_state import RandomState
 from lightning_sketch.shadow.record import StepRecord, replay
 from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting

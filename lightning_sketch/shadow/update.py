@@ -26,7 +26,8 @@ from lightning_sketch.shadow.carried import flatten
 from lightning_sketch.shadow.checks import Readings
 from lightning_sketch.shadow.flat import Copies
 from lightning_sketch.shadow.places import IMMUTABLE, Places
-from lightning_sketch.shadow.quiet import ModuleState, RandomState
+from lightning_sketch.shadow.quiet import ModuleState
+from lightning_sketch.shadow.random_state import RandomState
 from lightning_sketch.shadow.record import TrackedTensors
 
 # (name of the parameter, key of the optimizer's state) -> coefficients, None where they are zero

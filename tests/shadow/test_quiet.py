@@ -19,7 +19,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.places import Places
-from lightning_sketch.shadow.quiet import ModuleState, RandomState, quiet
+from lightning_sketch.shadow.quiet import ModuleState, quiet
+from lightning_sketch.shadow.random_state import RandomState
 
 BATCH = data(4).tensors
 

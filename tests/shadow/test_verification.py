@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.places import Places
-from lightning_sketch.shadow.quiet import ModuleState, RandomState
+from lightning_sketch.shadow.quiet import ModuleState
+from lightning_sketch.shadow.random_state import RandomState
 from lightning_sketch.shadow.record import StepRecord
 from lightning_sketch.shadow.verification import verify_weighting
 from lightning_sketch.shadow.weighting import LossWeighting, training_loss
