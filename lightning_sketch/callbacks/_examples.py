@@ -17,6 +17,8 @@ from lightning_sketch.errors import ConfigurationError
 from lightning_sketch.shadow.example_ids import ExampleIds
 from lightning_sketch.shadow.wrapping import count_examples, unwrap_training_step, wrap_training_step
 
+_HASHED_AT_ONCE = 100  # batches
+
 
 class BatchUnits:
     """Follows the batches of a run and tells the unit of each of their examples.
@@ -24,16 +26,14 @@ class BatchUnits:
     Args:
         units: unit of every example of the train dataset, -1 = not deletable; ``None`` for one unit per example.
         ids: ``"auto"``, a key of the batch, or ``callable(batch) -> (B,)`` integers.
-
-    Attributes:
-        order: SHA-256 of the rows of all batches so far, in their order; empty before the first.
     """
 
     def __init__(self, units: Sequence[int] | np.ndarray | None, ids: Callable[[Any], Any] | str) -> None:
         self.given = units
         self.ids = ExampleIds(ids)
         self.of_example = np.zeros(0, dtype=np.int64)
-        self.order = ""
+        self._order = ""
+        self._unhashed: list[bytes] = []  # rows of the batches since: many are hashed in less time than one by one
         self._traced: list[int] | None = None
 
     def start(self, trainer: Any) -> None:
@@ -45,6 +45,18 @@ class BatchUnits:
         self.order = ""
         self.ids.check(trainer)
         self.of_example = resolve_units(self.given, count_examples(trainer, self.given))
+
+    @property
+    def order(self) -> str:
+        """SHA-256 of the rows of all batches so far, in their order; empty before the first."""
+        for rows in self._unhashed:
+            self._order = hashlib.sha256(self._order.encode() + rows).hexdigest()
+        self._unhashed = []
+        return self._order
+
+    @order.setter
+    def order(self, order: str) -> None:
+        self._order, self._unhashed = order, []
 
     @property
     def num_units(self) -> int:
@@ -68,7 +80,9 @@ class BatchUnits:
                 f"`ids` gave example {unknown[0]}, but the train dataset has examples 0 to "
                 f"{len(self.of_example) - 1}: make `ids` return rows of the train dataset."
             )
-        self.order = hashlib.sha256(self.order.encode() + ids.astype("<i8").tobytes()).hexdigest()
+        self._unhashed.append(ids.astype("<i8").tobytes())
+        if len(self._unhashed) == _HASHED_AT_ONCE:
+            _ = self.order
         return torch.from_numpy(self.of_example[ids])
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from itertools import repeat
+from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,11 +15,12 @@ from torch import Tensor
 
 from lightning_sketch.errors import FidelityError, InstabilityError
 from lightning_sketch.jets.tensor import JetTensor, primal_of
-from lightning_sketch.shadow.flat import Copies, finite, known_same
+from lightning_sketch.shadow.flat import Copies, known_same_and_finite
 
 if TYPE_CHECKING:
     from lightning_sketch.shadow.update import MadeStep, OptimizerSnapshot
 
+_PRIMAL = attrgetter("primal")
 # How far a re-run in the same arithmetic may be from the run itself; another dropout mask or a forgotten term is off by
 # 1e-2 or more
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -88,7 +91,7 @@ def check_loss(loss: Tensor, theirs: Tensor, step: int, readings: Readings) -> N
                 "an object changed in place), or `loss` is not the training loss."
             )
 
-    readings.ask(torch.cat([ours.detach().double().reshape(1), theirs.reshape(1)]), judge)
+    readings.ask(torch.stack([ours.detach().double().reshape(()), theirs.reshape(())]), judge)
 
 
 def check_gradients(ours: Mapping[str, JetTensor | None], theirs: Copies, step: int, readings: Readings) -> None:
@@ -110,9 +113,8 @@ def check_gradients(ours: Mapping[str, JetTensor | None], theirs: Copies, step: 
                 "re-run of `training_step`: does a hook set it to None?"
             )
     # without a gradient of ours a parameter may still have zeros, from an earlier step
-    again = [torch.zeros_like(g) if (mine := ours[name]) is None else mine.primal for name, g in theirs.values.items()]
-    joined = theirs.join(again)
-    if theirs.known_same(joined) and finite(joined):
+    joined = theirs.join(_primals(map(ours.__getitem__, theirs.values), theirs))
+    if known_same_and_finite(theirs.joined, joined):
         return
     tolerance = _tolerances(theirs.dtypes)
 
@@ -150,12 +152,9 @@ def check_update(
     """
     before = made.gradients
     # a gradient that is elsewhere by now gives other parameters, which are looked at below
-    same = before is snapshot.gradients and of_gradients.known_same(made.clipped) and finite(made.clipped)
+    same = before is snapshot.gradients and known_same_and_finite(of_gradients.joined, made.clipped)
     if not same:
-        ours = [
-            torch.zeros_like(g) if (mine := params[name].grad) is None else mine.primal  # type: ignore[attr-defined]
-            for name, g in before.values.items()
-        ]
+        ours = _primals((params[name].grad for name in before.values), before)
         of_gradient = _tolerances(before.dtypes)
         _require(
             list(before.values),
@@ -166,8 +165,8 @@ def check_update(
             readings,
         )
     copies = snapshot.copies
-    joined = copies.join([jet.primal for jet in params.values()])
-    if known_same(joined, made.params) and finite(joined):
+    joined = copies.join(_primals(params.values(), copies))
+    if known_same_and_finite(joined, made.params):
         return
     tolerance, rounding = _tolerances(copies.dtypes), 8 * _eps(copies.dtypes)
     _require(
@@ -184,6 +183,16 @@ def check_update(
         "`optimizer.state`.",
         readings,
     )
+
+
+def _primals(jets: Iterable[Any], like: Copies) -> list[Tensor]:
+    """Order 0 of jets, zeros where there is none."""
+    found = list(jets)
+    if any(map(is_, found, repeat(None))):
+        return [
+            torch.zeros_like(t) if j is None else j.primal for j, t in zip(found, like.values.values(), strict=True)
+        ]
+    return [*map(_PRIMAL, found)]
 
 
 @lru_cache(maxsize=32)

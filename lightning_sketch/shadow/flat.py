@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate, repeat
@@ -126,9 +125,9 @@ def known_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return all(map(_on_host, some)) and all(map(torch.equal, some, others))
 
 
-def finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors on the host hold no infinity and no NaN, nor more than can be summed."""
-    return all(math.isfinite(t.sum().item()) for t in tensors)
+def known_same_and_finite(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether :func:`known_same` holds of floating-point tensors, and none of their values is infinite."""
+    return all(map(_on_host, some)) and all(torch.dist(a, b, 1).item() == 0 for a, b in zip(some, others, strict=True))
 
 
 def _on_host(t: Tensor) -> bool:

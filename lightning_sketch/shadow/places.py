@@ -26,7 +26,9 @@ def by_name(module: nn.Module, attributes: Iterable[tuple[nn.Module, str, T]]) -
     Paths take longer to make than all the rest, so only what was found in a walk is named.
     """
     attributes = list(attributes)
-    paths = {m: f"{path}." if path else "" for path, m in module.named_modules()} if attributes else {}
+    if not attributes:
+        return {}
+    paths = {m: f"{path}." if path else "" for path, m in module.named_modules()}
     return {f"{paths.get(owner, '')}{key}": value for owner, key, value in attributes}
 
 
@@ -166,10 +168,7 @@ class Places:
 
     def set_values(self, values: list[Any]) -> None:
         """Give the attributes earlier ``values``, and delete those that have been made since."""
-        try:
-            self.change_values(values, self._read())
-        except KeyError:  # one was deleted
-            deque(map(setitem, *self._cells, values), maxlen=0)
+        deque(map(setitem, *self._cells, values), maxlen=0)
         changed = map(ne, map(len, self._owners), self._sizes)
         for owner, own in compress(zip(self._owners, self._own, strict=True), changed):
             for key in [key for key in owner if key not in STRUCTURE and key not in own]:

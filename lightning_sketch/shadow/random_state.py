@@ -6,6 +6,7 @@ import _random
 import ctypes
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,12 @@ def _set_python_state(state: Any) -> None:
     ctypes.memmove(_PYTHON_WORDS, words, _BYTES)
 
 
+@lru_cache(maxsize=1)
+def _numpy_words(bits: np.random.MT19937) -> int:
+    """Where a generator keeps words and position."""
+    return bits.ctypes.state_address
+
+
 class _NoState:
     """Takes the place of numpy's bit generator where only what is kept beside it is wanted: half a pair of normals."""
 
@@ -80,7 +87,7 @@ def _numpy_state() -> Any:
     bits = getattr(_NUMPY, "_bit_generator", None)
     if type(bits) is not np.random.MT19937:
         return np.random.get_state()
-    words = ctypes.string_at(bits.ctypes.state_address, _BYTES)
+    words = ctypes.string_at(_numpy_words(bits), _BYTES)
     try:
         _NUMPY._bit_generator = _NoState()
         return words, _NUMPY.get_state(legacy=False)
@@ -99,4 +106,4 @@ def _set_numpy_state(state: Any) -> None:
         _NUMPY.set_state(beside)
     finally:
         _NUMPY._bit_generator = bits
-    ctypes.memmove(bits.ctypes.state_address, words, _BYTES)
+    ctypes.memmove(_numpy_words(bits), words, _BYTES)

@@ -176,6 +176,8 @@ class TrackedTensors:
 
     def note(self, tensors: Mapping[str, Tensor], joined: Sequence[Tensor] | None = None) -> None:
         """Copy what a tracked operation has just left, over what was there; see :meth:`Copies.overwrite`."""
+        if not tensors:
+            return
         copies = self._copies.get(tuple(tensors))
         if copies is None or not copies.overwrite(tensors, joined):
             self._keep(tensors)
