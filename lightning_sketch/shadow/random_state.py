@@ -5,6 +5,8 @@ from __future__ import annotations
 import _random
 import ctypes
 import random
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,8 +16,11 @@ import torch
 from torch import Tensor
 
 _BYTES = 625 * 4  # of a Mersenne twister: 624 words, and the position among them
-_PYTHON: Any = random.getstate.__self__  # type: ignore[attr-defined]  # Python's global generator
-_NUMPY: Any = np.random.mtrand._rand
+_PAIR_BYTES = 16  # of numpy's second normal of a pair: whether there is one, and it
+# The objects behind the functions of the two modules
+_PYTHON: Any = random.getstate.__self__  # type: ignore[attr-defined]
+_NUMPY: Any = np.random.get_state.__self__  # type: ignore[attr-defined]
+_numpy_bits: Callable[[], np.random.BitGenerator] = np.random.get_bit_generator  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class RandomState:
         _set_python_state(self.python)
 
 
-def _find_python_words() -> int | None:
+def _python_words() -> int | None:
     """Where Python's generator keeps position and words: found by what they are, so that no layout is assumed."""
     _, (*words, position), _ = random.getstate()
     expected = np.array([position, *words], dtype=np.uint32).tobytes()
@@ -51,11 +56,22 @@ def _find_python_words() -> int | None:
     return None if start < 0 else id(_PYTHON) + start
 
 
-_PYTHON_WORDS = _find_python_words()
+def _numpy_pair() -> int | None:
+    """Where numpy's generator keeps the second normal of a pair, found on another that has a known one."""
+    other: Any = np.random.RandomState(0)
+    normal = -1.2345678901234567e-287
+    size, pair = type(other).__basicsize__, struct.pack("qd", 1, normal)
+    if type(_NUMPY) is not type(other) or len(pair) != _PAIR_BYTES:
+        return None
+    other.set_state((*other.get_state()[:3], 1, normal))
+    start = ctypes.string_at(id(other), size).find(pair)
+    return None if start < 0 else id(_NUMPY) + start
+
+
+_PYTHON_WORDS, _NUMPY_PAIR = _python_words(), _numpy_pair()
 
 
 def _python_state() -> Any:
-    """The state of Python's generator, as bytes and half a pair of normals where it is where it was found."""
     if _PYTHON_WORDS is None:
         return random.getstate()
     return ctypes.string_at(_PYTHON_WORDS, _BYTES), _PYTHON.gauss_next
@@ -70,40 +86,22 @@ def _set_python_state(state: Any) -> None:
 
 
 @lru_cache(maxsize=1)
-def _numpy_words(bits: np.random.MT19937) -> int:
-    """Where a generator keeps words and position."""
-    return bits.ctypes.state_address
-
-
-class _NoState:
-    """Takes the place of numpy's bit generator where only what is kept beside it is wanted: half a pair of normals."""
-
-    def __init__(self) -> None:
-        self.state = {"bit_generator": "MT19937", "state": None}
+def _numpy_words(bits: np.random.BitGenerator) -> int | None:
+    """Where numpy's generator keeps words and position, if it is a Mersenne twister."""
+    return bits.ctypes.state_address if type(bits) is np.random.MT19937 else None
 
 
 def _numpy_state() -> Any:
-    """The state of numpy's generator, as bytes and what is kept beside them where they are those of MT19937."""
-    bits = getattr(_NUMPY, "_bit_generator", None)
-    if type(bits) is not np.random.MT19937:
-        return np.random.get_state()
-    words = ctypes.string_at(_numpy_words(bits), _BYTES)
-    try:
-        _NUMPY._bit_generator = _NoState()
-        return words, _NUMPY.get_state(legacy=False)
-    finally:
-        _NUMPY._bit_generator = bits
+    words = _numpy_words(_numpy_bits())
+    if _NUMPY_PAIR is None or words is None:
+        return np.random.get_state(legacy=False)
+    return ctypes.string_at(words, _BYTES), ctypes.string_at(_NUMPY_PAIR, _PAIR_BYTES)
 
 
 def _set_numpy_state(state: Any) -> None:
-    bits = getattr(_NUMPY, "_bit_generator", None)
-    if type(bits) is not np.random.MT19937 or len(state) != 2:
+    words = _numpy_words(_numpy_bits())
+    if _NUMPY_PAIR is None or words is None:
         np.random.set_state(state)
         return
-    words, beside = state
-    try:
-        _NUMPY._bit_generator = _NoState()
-        _NUMPY.set_state(beside)
-    finally:
-        _NUMPY._bit_generator = bits
-    ctypes.memmove(_numpy_words(bits), words, _BYTES)
+    ctypes.memmove(words, state[0], _BYTES)
+    ctypes.memmove(_NUMPY_PAIR, state[1], _PAIR_BYTES)

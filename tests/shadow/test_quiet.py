@@ -271,19 +271,27 @@ def test_parameters_and_buffers_that_a_run_registers_are_taken_away():
 @pytest.mark.parametrize("drawn", range(4))
 @pytest.mark.parametrize("bits", [np.random.MT19937, np.random.PCG64])
 def test_random_numbers_go_on_from_a_state(bits, drawn):
-    """Oracle: numpy's own copy of its state; normals are drawn in pairs, of which the second is kept for later."""
+    """Oracle: the generators' own copies of their states; normals come in pairs, the second is kept for later."""
+
+    def states() -> dict[str, Any]:
+        return {"numpy": np.random.get_state(legacy=False), "python": random.getstate()}
+
+    def draw() -> tuple[Any, ...]:
+        return np.random.randn(701), np.random.rand(), [random.gauss(0, 1) for _ in range(701)], torch.rand(3)
+
     mine = np.random.get_bit_generator()
     np.random.set_bit_generator(bits(0))
     try:
-        np.random.randn(drawn)
-        expected = np.random.get_state(legacy=False)
+        for _ in range(drawn):
+            np.random.randn(), random.gauss(0, 1)
+        before = states()
+        expected = before["numpy"]
         state = pickle.loads(pickle.dumps(RandomState.capture(torch.device("cpu"))))
-        assert same(np.random.get_state(legacy=False), expected)
-        draws = np.random.randn(701), np.random.rand(), random.random(), torch.rand(3)
+        assert same(states(), before)
+        draws = draw()
         state.restore()
-        assert same(np.random.get_state(legacy=False), expected)
-        again = np.random.randn(701), np.random.rand(), random.random(), torch.rand(3)
-        assert all(map(np.array_equal, draws, again))
+        assert same(states(), before)
+        assert all(map(np.array_equal, draws, draw()))
         np.random.set_state(expected)
         np.testing.assert_array_equal(np.random.randn(701), draws[0])
     finally:
@@ -291,4 +299,7 @@ def test_random_numbers_go_on_from_a_state(bits, drawn):
 
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return all(same(v, b[k]) if isinstance(v, dict) else np.array_equal(v, b[k]) for k, v in a.items())
+    return all(
+        same(v, b[k]) if isinstance(v, dict) else v == b[k] if isinstance(v, tuple) else np.array_equal(v, b[k])
+        for k, v in a.items()
+    )
