@@ -328,8 +328,9 @@ class CarriesJets(AroundTrainingStep):
         held, frozen, rest = self._look_at(trainer.optimizers[0]).divide(places)
         for part in (held, frozen, rest):
             self._tracked.check(part, self._steps, self._readings)
-        values = self._tracked.values
-        buffers = {**{name: values[name] for name in frozen}, **{name: values[name].clone() for name in rest}}
+        buffers = {name: self._tracked.values[name] for name in frozen}
+        if rest:
+            buffers |= self._tracked.copies_of(rest).clone().values
         units = self._units.of_batch(args[0]).to(module.device, non_blocking=True)
         micro_batches = trainer.accumulate_grad_batches * self._ranks.size
         outputs, self._pending = record_step(places, step, args, units, buffers, micro_batches)
@@ -403,10 +404,12 @@ class CarriesJets(AroundTrainingStep):
             )
         if self._records:
             assert self._places is not None
+            assert self._held is not None
             self._tracked.check(_state(optimizer, self._names), self._steps, self._readings)
+            self._held = self._held.at_step(optimizer)
             self._snapshot = OptimizerSnapshot.capture(
                 optimizer,
-                self._look_at(optimizer),
+                self._held,
                 self._names,
                 self._tracked,
                 self._gradients,

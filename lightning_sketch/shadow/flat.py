@@ -93,10 +93,6 @@ class Copies:
             return [_flatten_dense_tensors(tensors)]
         return [_flatten_dense_tensors([tensors[i] for i in group]) for group in self._groups]
 
-    def known_same(self, joined: Sequence[Tensor]) -> bool:
-        """Whether :func:`known_same` holds of the copies and what :meth:`join` gave."""
-        return known_same(self.joined, joined)
-
     @torch.inference_mode()
     def squares(self, function: Callable[..., Sequence[Tensor]], *columns: Sequence[Tensor]) -> Tensor:
         """Sum the squares of elementwise functions over each of the tensors.

@@ -18,7 +18,7 @@ from lightning_sketch.errors import FidelityError
 from lightning_sketch.shadow.carried import forbid_reading, varying_attributes
 from lightning_sketch.shadow.checks import Readings
 from lightning_sketch.shadow.example_ids import tensors_of
-from lightning_sketch.shadow.flat import Copies
+from lightning_sketch.shadow.flat import Copies, known_same
 from lightning_sketch.shadow.places import Places
 from lightning_sketch.shadow.quiet import ModuleState, Start
 from lightning_sketch.shadow.random_state import RandomState
@@ -232,12 +232,14 @@ class TrackedTensors:
             step: number of the optimizer step to come.
             readings: which raises :class:`FidelityError` naming one that was changed.
         """
-        known = [name for name in tensors if name in self.values]
-        if not known:
+        if tuple(tensors) not in self._copies:
+            tensors = {name: t for name, t in tensors.items() if name in self.values}
+        if not tensors:
             return
-        copies = self.copies_of(known)
-        present = copies.join([tensors[name] for name in known])
-        if copies.known_same(present):
+        names = [*tensors]
+        copies = self.copies_of(names)
+        present = copies.join([*tensors.values()])
+        if known_same(copies.joined, present):
             return
         changed = copies.squares(_differs, present)
 
@@ -245,7 +247,7 @@ class TrackedTensors:
             if not changed.any():
                 return
             raise FidelityError(
-                f"`{known[int(changed[0].argmax())]}` was changed before optimizer step {step} by something else than "
+                f"`{names[int(changed[0].argmax())]}` was changed before optimizer step {step} by something else than "
                 "the optimizer and a `training_step` with a loss (a hook, another callback, a step that returned "
                 "None), so its Taylor coefficients are lost: change it inside such a step, or keep a value that does "
                 "not depend on the data as a Python number."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, islice, repeat
 from operator import attrgetter, is_, is_not
@@ -162,15 +162,23 @@ class Held:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._params, self._sizes, self._flags = _held(optimizer)
+        groups = [group["params"] for group in optimizer.param_groups]
+        self._params, self._sizes = [*chain.from_iterable(groups)], [*map(len, groups)]
+        self._flags = _flags(self._params)
         self._divided: tuple[Any, tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]] | None = None
         self._members: tuple[Any, Members] | None = None
 
     def now(self, optimizer: Optimizer) -> Held:
         """Return this, or another if the optimizer, ``optimizer``, holds something else, or what is trained is not."""
-        params, sizes, flags = _held(optimizer)
-        same = sizes == self._sizes and flags == self._flags and all(map(is_, params, self._params))
-        return self if same else Held(optimizer)
+        return self if self._holds(optimizer) and _flags(self._params) == self._flags else Held(optimizer)
+
+    def at_step(self, optimizer: Optimizer) -> Held:
+        """Return :meth:`now`, or this where all that is held has been trained, even if it is not from here on."""
+        return self if self._holds(optimizer) and all(map(is_, self._flags, repeat(True))) else self.now(optimizer)
+
+    def _holds(self, optimizer: Optimizer) -> bool:
+        groups = [group["params"] for group in optimizer.param_groups]
+        return [*map(len, groups)] == self._sizes and all(map(is_, chain.from_iterable(groups), self._params))
 
     def divide(self, places: Places) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Return the tensors of a module by name: what a step may change, in the order of the optimizer ...
@@ -236,14 +244,12 @@ class Members:
     trainable: frozenset[str]
 
 
-def _held(optimizer: Optimizer) -> tuple[list[Tensor], list[int], list[bool | str]]:
-    """Its parameters, how many are in each group, and of each whether it requires grad, or else has a gradient."""
-    groups = [group["params"] for group in optimizer.param_groups]
-    params = [*chain.from_iterable(groups)]
+def _flags(params: Sequence[Tensor]) -> list[bool | str]:
+    """Whether each requires grad, or else has a gradient."""
     flags: list[bool | str] = [*map(_REQUIRES_GRAD, params)]
-    if not all(flags):
-        flags = [flag or ("" if p.grad is None else "has grad") for p, flag in zip(params, flags, strict=True)]
-    return params, [*map(len, groups)], flags
+    if all(flags):
+        return flags
+    return [flag or ("" if p.grad is None else "has grad") for p, flag in zip(params, flags, strict=True)]
 
 
 def ask_counts(optimizer: Optimizer, names: Mapping[int, str], readings: Readings) -> Counts:

@@ -138,7 +138,19 @@ class Freezes(Adapted):
         self.net[2].requires_grad_(self.current_epoch == 0)
 
 
-@pytest.mark.parametrize("make", [Unfreezes, Freezes])
+class FreezesBeforeTheStep(Adapted):
+    """Trains the layer for the last time in the step before which it is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[2].requires_grad_(True)
+
+    def on_after_backward(self):
+        if self.global_step == 3:
+            self.net[2].requires_grad_(False)
+
+
+@pytest.mark.parametrize("make", [Unfreezes, Freezes, FreezesBeforeTheStep])
 def test_what_is_trained_may_change(make, tmp_path):
     """Oracle: central differences of retraining."""
     assert_first_order(make, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sketch.shadow.flat import Copies, finite, known_same
+from lightning_sketch.shadow.flat import Copies, known_same, known_same_and_finite
 from lightning_sketch.shadow.places import Places
 
 
@@ -111,8 +111,8 @@ def test_copies_of_copies_are_independent_and_side_by_side():
         t.mul_(2)
     assert all(torch.equal(copies.values[name], t) for name, t in tensors.items())
     doubled = [2 * t for t in tensors.values()]
-    assert cloned.known_same(copies.join(doubled))
-    assert not copies.known_same(copies.join(doubled))
+    assert known_same(cloned.joined, copies.join(doubled))
+    assert not known_same(copies.joined, copies.join(doubled))
 
 
 def test_what_is_known_to_be_the_same():
@@ -120,6 +120,15 @@ def test_what_is_known_to_be_the_same():
     assert known_same(some, [torch.tensor([-0.0, 1.0]), torch.tensor([3])])
     assert not known_same(some, [torch.tensor([0.0, 1.0]), torch.tensor([4])])
     assert not known_same([torch.tensor([math.nan])], [torch.tensor([math.nan])])
-    assert finite(some)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_known_to_be_the_same_and_finite(dtype):
+    some = [torch.tensor([0.0, 1.0], dtype=dtype), torch.full((3,), torch.finfo(dtype).max, dtype=dtype)]
+    assert known_same_and_finite(some, [t.clone() for t in some])
+    assert not known_same_and_finite(some, [some[0], torch.zeros(3, dtype=dtype)])
+    tiny = torch.tensor([torch.finfo(dtype).smallest_normal, 1.0], dtype=dtype)
+    assert not known_same_and_finite(some, [tiny, some[1]])
     for number in (math.nan, math.inf, -math.inf):
-        assert not finite([torch.tensor([0.0, number])])
+        number = torch.tensor([0.0, number], dtype=dtype)
+        assert not known_same_and_finite([number], [number.clone()])
