@@ -491,8 +491,10 @@ class CarriesJets(AroundTrainingStep):
 
         self._counts = ask_counts(snapshot.optimizer, self._names, readings)
         self._in_passes(module, advance)
-        joined = made.params if made.like_before else None
-        self._tracked.note(dict(zip(snapshot.copies.values, snapshot.held, strict=True)), joined)
+        if made.like_before:
+            snapshot.copies.overwrite(made.params)
+        else:
+            self._tracked.note(dict(zip(snapshot.copies.values, snapshot.held, strict=True)))
 
     def _skip(self, module: pl.LightningModule, snapshot: OptimizerSnapshot, records: list[StepRecord]) -> None:
         """Carry the coefficients through a step without an update."""

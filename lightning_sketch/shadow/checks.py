@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import repeat
+from itertools import islice, repeat
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_sketch.errors import FidelityError, InstabilityError
 from lightning_sketch.jets.tensor import JetTensor, primal_of
-from lightning_sketch.shadow.flat import Copies, known_same_and_finite
+from lightning_sketch.shadow.flat import Copies, known_same, known_same_and_finite, read_at_once
 
 if TYPE_CHECKING:
     from lightning_sketch.shadow.update import MadeStep, OptimizerSnapshot
@@ -33,16 +33,16 @@ class Readings:
     """
 
     def __init__(self) -> None:
-        self._asked: list[tuple[Tensor, Callable[[np.ndarray], None]]] = []
+        self._asked: list[tuple[Callable[..., None], list[Tensor]]] = []
 
-    def ask(self, numbers: Tensor, use: Callable[[np.ndarray], None]) -> None:
+    def ask(self, use: Callable[..., None], *numbers: Tensor) -> None:
         """Have ``use`` called by the next :meth:`read`.
 
         Args:
-            numbers: real, on the device of the run.
-            use: is given them as float64 of the same shape; may raise.
+            use: is given the numbers, float64 arrays of the same shapes; may raise.
+            *numbers: real tensors on the device of the run.
         """
-        self._asked.append((numbers.detach(), use))
+        self._asked.append((use, [t.detach() for t in numbers]))
 
     def mark(self) -> int:
         """Return a place for :meth:`go_back`."""
@@ -55,14 +55,9 @@ class Readings:
     def read(self) -> None:
         """Read all numbers asked for, and use them in the order of asking, up to the first that raises."""
         asked, self._asked = self._asked, []
-        if not asked:
-            return
-        values = torch.cat([numbers.reshape(-1) for numbers, _ in asked]).cpu().numpy().astype(np.float64)
-        start = 0
-        for numbers, use in asked:
-            stop = start + numbers.numel()
-            use(values[start:stop].reshape(numbers.shape))
-            start = stop
+        read = iter(read_at_once([t for _, numbers in asked for t in numbers]))
+        for use, numbers in asked:
+            use(*islice(read, len(numbers)))
 
 
 def check_loss(loss: Tensor, theirs: Tensor, step: int, readings: Readings) -> None:
@@ -77,8 +72,8 @@ def check_loss(loss: Tensor, theirs: Tensor, step: int, readings: Readings) -> N
     ours: Tensor = primal_of(loss)
     tolerance = TOLERANCE.get(ours.dtype, 1e-3)
 
-    def judge(values: np.ndarray) -> None:
-        ours, theirs = values.tolist()
+    def judge(*losses: np.ndarray) -> None:
+        ours, theirs = (loss.item() for loss in losses)
         if not math.isfinite(theirs):
             raise InstabilityError(
                 f"The training loss is {theirs} at optimizer step {step}: a sketch needs a finite run."
@@ -91,7 +86,7 @@ def check_loss(loss: Tensor, theirs: Tensor, step: int, readings: Readings) -> N
                 "an object changed in place), or `loss` is not the training loss."
             )
 
-    readings.ask(torch.stack([ours.detach().double().reshape(()), theirs.reshape(())]), judge)
+    readings.ask(judge, ours, theirs)
 
 
 def check_gradients(ours: Mapping[str, JetTensor | None], theirs: Copies, step: int, readings: Readings) -> None:
@@ -152,7 +147,7 @@ def check_update(
     """
     before = made.gradients
     # a gradient that is elsewhere by now gives other parameters, which are looked at below
-    same = before is snapshot.gradients and known_same_and_finite(of_gradients.joined, made.clipped)
+    same = before is snapshot.gradients and known_same(of_gradients.joined, made.clipped)
     if not same:
         ours = _primals((params[name].grad for name in before.values), before)
         of_gradient = _tolerances(before.dtypes)
@@ -221,4 +216,4 @@ def _require(
         if not (too_much <= 0).all():
             raise FidelityError(message.format(names[int(np.where(np.isnan(too_much), np.inf, too_much).argmax())]))
 
-    readings.ask(squares, judge)
+    readings.ask(judge, squares)

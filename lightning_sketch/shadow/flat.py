@@ -9,6 +9,7 @@ from itertools import accumulate, repeat
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
@@ -70,21 +71,10 @@ class Copies:
         return _forms(tensors) == self._forms
 
     @torch.no_grad()
-    def overwrite(self, tensors: Mapping[str, Tensor], joined: Sequence[Tensor] | None = None) -> bool:
-        """Copy others of the same names, if they have the same shapes, dtypes and memory order; return whether.
-
-        Args:
-            tensors: by name.
-            joined: what :meth:`join` gave for them, if it was asked and they are :meth:`like` the copies.
-        """
-        if joined is None:
-            given = list(tensors.values())
-            if not self.like(given):
-                return False
-            joined = self.join(given)
+    def overwrite(self, joined: Sequence[Tensor]) -> None:
+        """Copy others of the same names: what :meth:`join` gave for tensors that are :meth:`like` the copies."""
         for base, flat in zip(self._bases, joined, strict=True):
             base.copy_(flat.view_as(base))
-        return True
 
     @torch.inference_mode()  # takes less time than `no_grad`
     def join(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -124,6 +114,13 @@ def known_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 def known_same_and_finite(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether :func:`known_same` holds of floating-point tensors, and none of their values is infinite."""
     return all(map(_on_host, some)) and all(torch.dist(a, b, 1).item() == 0 for a, b in zip(some, others, strict=True))
+
+
+def read_at_once(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Return the numbers of tensors, float64; those on a device are read together, since every read waits for it."""
+    remote = [t.reshape(-1) for t in tensors if not _on_host(t)]
+    read = iter(torch.cat(remote).cpu().split([len(t) for t in remote]) if remote else ())
+    return [(t if _on_host(t) else next(read).view(t.shape)).double().numpy() for t in tensors]
 
 
 def _on_host(t: Tensor) -> bool:

@@ -6,6 +6,8 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -329,6 +331,9 @@ class RunJets:
         for name in [name for name in tensors if name not in params]:
             buffer = tensors[name]
             buffers[name] = buffer.block if type(buffer) is JetTensor else None
+        if all(map(is_, gradients.values(), repeat(None))):
+            gradients.update(zip(trained, found, strict=True))
+            return
         for name, g in zip(trained, found, strict=True):
             if g is not None:
                 before = gradients[name]
@@ -348,7 +353,7 @@ class RunJets:
         blocks = [b for b in self.params.values() if b is not None and b.numel()]
         largest = [torch.linalg.vector_norm(b, math.inf, [1, *range(3, b.ndim)]) for b in blocks]  # keeps NaN
         if largest:
-            readings.ask(torch.stack(largest).amax(0), lambda largest: self._rescale(largest, step))
+            readings.ask(lambda largest: self._rescale(largest, step), torch.stack(largest).amax(0))
 
     def _rescale(self, largest: np.ndarray, step: int) -> None:
         """Move the exponents of directions whose coefficients, at most ``largest``, ``(R, k)``, leave a safe range."""

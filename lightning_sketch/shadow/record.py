@@ -174,12 +174,14 @@ class TrackedTensors:
         self.values: dict[str, Tensor] = {}
         self._copies: dict[tuple[str, ...], Copies] = {}  # of tensors that are looked at together, by their names
 
-    def note(self, tensors: Mapping[str, Tensor], joined: Sequence[Tensor] | None = None) -> None:
-        """Copy what a tracked operation has just left, over what was there; see :meth:`Copies.overwrite`."""
+    def note(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what a tracked operation has just left, over what was there."""
         if not tensors:
             return
-        copies = self._copies.get(tuple(tensors))
-        if copies is None or not copies.overwrite(tensors, joined):
+        copies, present = self._copies.get(tuple(tensors)), list(tensors.values())
+        if copies is not None and copies.like(present):
+            copies.overwrite(copies.join(present))
+        else:
             self._keep(tensors)
 
     def note_changed(self, tensors: Mapping[str, Tensor]) -> frozenset[str]:
@@ -253,7 +255,7 @@ class TrackedTensors:
                 "not depend on the data as a Python number."
             )
 
-        readings.ask(changed, judge)
+        readings.ask(judge, changed)
 
 
 def _differs(a: Tensor, b: Tensor) -> list[Tensor]:

@@ -273,7 +273,7 @@ def ask_counts(optimizer: Optimizer, names: Mapping[int, str], readings: Reading
             counts[place] = torch.tensor(number, dtype=value.dtype)
 
     if asked:
-        readings.ask(torch.stack([value.double() for value in asked.values()]), keep)
+        readings.ask(keep, torch.stack([value.double() for value in asked.values()]))
     return counts
 
 

@@ -476,10 +476,10 @@ def test_the_reserve_is_enough(
 def test_readings_go_back() -> None:
     """What a failed pass has asked for is not read."""
     readings, read = Readings(), []
-    readings.ask(torch.ones(()), lambda values: read.append(float(values)))
+    readings.ask(lambda values: read.append(float(values)), torch.ones(()))
     mark = readings.mark()
-    readings.ask(torch.zeros(()), lambda values: read.append(float(values)))
+    readings.ask(lambda values: read.append(float(values)), torch.zeros(()))
     readings.go_back(mark)
-    readings.ask(torch.tensor(2.0), lambda values: read.append(float(values)))
+    readings.ask(lambda values: read.append(float(values)), torch.tensor(2.0))
     readings.read()
     assert read == [1.0, 2.0]

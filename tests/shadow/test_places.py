@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sketch.shadow.flat import Copies, known_same, known_same_and_finite
+from lightning_sketch.shadow import flat
+from lightning_sketch.shadow.flat import Copies, known_same, known_same_and_finite, read_at_once
 from lightning_sketch.shadow.places import Places
 
 
@@ -92,14 +93,28 @@ def test_sums_of_squares_are_those_of_each_tensor():
     found = copies.squares(lambda a, b: [a - b, b], copies.join(list(others.values()))).numpy()
     expected = [[np.square(v, dtype=np.float64).sum() for v in (a + 1, a)] for a in arrays.values()]
     np.testing.assert_allclose(found.T, expected, rtol=1e-5, atol=1e-3)
-    assert copies.overwrite(others)
-    assert all(torch.equal(copies.values[name], t) for name, t in others.items())
-    assert copies.overwrite(tensors, copies.join(list(tensors.values())))
-    assert all(torch.equal(copies.values[name], t) for name, t in tensors.items())
-    assert copies.overwrite(others)
+    for like in (others, tensors):
+        assert copies.like(list(like.values()))
+        copies.overwrite(copies.join(list(like.values())))
+        assert all(torch.equal(copies.values[name], t) for name, t in like.items())
     for changed in (torch.zeros(1, 3), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 2).T):
-        assert not copies.overwrite({**others, "a": changed})
-    assert torch.equal(copies.values["a"], others["a"])
+        assert not copies.like(list({**others, "a": changed}.values()))
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_numbers_are_read(on_host, monkeypatch):
+    monkeypatch.setattr(flat, "_on_host", lambda t: on_host)
+    tensors = [
+        torch.tensor(0.1),
+        torch.zeros(0, 2),
+        torch.randn(2, 3).T,
+        torch.randn(4).bfloat16(),
+        torch.tensor([1 / 3]),
+    ]
+    tensors[-1] = tensors[-1].double()
+    for read, t in zip(read_at_once(tensors), tensors, strict=True):
+        assert read.dtype == np.float64
+        np.testing.assert_array_equal(read, np.array(t.tolist()).reshape(t.shape))
 
 
 def test_copies_of_copies_are_independent_and_side_by_side():
