@@ -17,10 +17,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_sketch.errors import ConfigurationError, UnsupportedOperatorError
-from lightning_sketch.jets.registry import varies
+from lightning_sketch.errors import ConfigurationError
+from lightning_sketch.jets.rules.constants import refuse_numbers
 from lightning_sketch.jets.tensor import JetTensor, Lead, constant, wrap
 from lightning_sketch.shadow.carried import flatten
 from lightning_sketch.shadow.checks import Readings
@@ -287,19 +286,6 @@ def _copy(value: Any) -> Any:
     return value if type(value) in IMMUTABLE else copy.deepcopy(value)
 
 
-class _RefuseNumbers(TorchDispatchMode):
-    """Within, no Python number may be read off a tensor that varies: its coefficients would be lost silently."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and varies(args):
-            raise UnsupportedOperatorError(
-                "The optimizer or `configure_gradient_clipping` reads a Python number (`.item()`, `float()`) off a "
-                "tensor that depends on the weights of the examples, which loses its derivatives: keep it a tensor, "
-                "or use another optimizer."
-            )
-        return func(*args, **(kwargs or {}))
-
-
 class _NormOfNorms(TorchFunctionMode):
     """Within, the norm of a stack of norms is the root of one sum of squares.
 
@@ -406,7 +392,11 @@ def step(
         state = snapshot.state.get(name)
         if state:
             twin.state[jet] = {k: _state_jet(name, k, v, jet, blocks, lead) for k, v in state.items()}
-    with torch.no_grad(), _RefuseNumbers():
+    with torch.no_grad(), refuse_numbers(
+        "The optimizer or `configure_gradient_clipping` reads a Python number (`.item()`, `float()`) off a tensor that "
+        "depends on the weights of the examples, which loses its derivatives: keep it a tensor, or use another "
+        "optimizer."
+    ):
         with _NormOfNorms():
             clip(twin)
         _plain_step(twin)

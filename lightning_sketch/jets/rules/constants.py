@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 
+from lightning_sketch.errors import UnsupportedOperatorError
 from lightning_sketch.jets.registry import jet_rule, run_constant
 from lightning_sketch.jets.tensor import JetTensor
 
@@ -49,9 +52,29 @@ def _warn_of_numbers() -> None:
     )
 
 
+_refusal: str | None = None  # why no number may be taken at present
+
+
+@contextmanager
+def refuse_numbers(message: str) -> Iterator[None]:
+    """Within, taking a number out of a value that varies is an error and not a warning.
+
+    Raises:
+        UnsupportedOperatorError: with ``message``, by what takes one.
+    """
+    global _refusal
+    before, _refusal = _refusal, message
+    try:
+        yield
+    finally:
+        _refusal = before
+
+
 @jet_rule(aten._local_scalar_dense.default)
 def local_scalar_dense(x: JetTensor) -> Any:
     """``.item()``: the primal's number, constant; said once in a process."""
+    if _refusal is not None:
+        raise UnsupportedOperatorError(_refusal)
     _warn_of_numbers()
     return x.primal.item()
 
