@@ -176,9 +176,10 @@ def _skip_constants(op: OpOverload, rule: Rule) -> Rule:
     exact, exact_in_full = op in _EXACT, op in _EXACT_IN_FULL
 
     def pure_rule(*args: Any, **kwargs: Any) -> Any:
-        if not varies((*args, *kwargs.values())):
+        given = (*args, *kwargs.values()) if kwargs else args
+        if not varies(given):
             return run_constant(op, *args, **kwargs)
-        dtypes = _dtypes_of((*args, *kwargs.values()))
+        dtypes = _dtypes_of(given)
         if any(d.is_complex for d in dtypes):
             return _complex_rule_of(op)(*args, **kwargs)
         low = not dtypes.isdisjoint(LOW_PRECISION)

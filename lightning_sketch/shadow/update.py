@@ -392,10 +392,13 @@ def step(
         state = snapshot.state.get(name)
         if state:
             twin.state[jet] = {k: _state_jet(name, k, v, jet, blocks, lead) for k, v in state.items()}
-    with torch.no_grad(), refuse_numbers(
-        "The optimizer or `configure_gradient_clipping` reads a Python number (`.item()`, `float()`) off a tensor that "
-        "depends on the weights of the examples, which loses its derivatives: keep it a tensor, or use another "
-        "optimizer."
+    with (
+        torch.no_grad(),
+        refuse_numbers(
+            "The optimizer or `configure_gradient_clipping` reads a Python number (`.item()`, `float()`) off a tensor that "
+            "depends on the weights of the examples, which loses its derivatives: keep it a tensor, or use another "
+            "optimizer."
+        ),
     ):
         with _NormOfNorms():
             clip(twin)
