@@ -35,6 +35,10 @@ StateBlocks = dict[tuple[str, str], Tensor | None]
 Counts = dict[tuple[str, str], Tensor]
 
 _GRAD, _REQUIRES_GRAD = attrgetter("grad"), attrgetter("requires_grad")
+_READS_NUMBERS = (
+    "The optimizer or `configure_gradient_clipping` reads a Python number (`.item()`, `float()`) off a tensor that "
+    "depends on the weights of the examples, which loses its derivatives: keep it a tensor, or use another optimizer."
+)
 _TRANSIENT = 8  # blocks of one parameter that kernels of an optimizer hold at a time; 6.5 were measured
 
 
@@ -392,14 +396,7 @@ def step(
         state = snapshot.state.get(name)
         if state:
             twin.state[jet] = {k: _state_jet(name, k, v, jet, blocks, lead) for k, v in state.items()}
-    with (
-        torch.no_grad(),
-        refuse_numbers(
-            "The optimizer or `configure_gradient_clipping` reads a Python number (`.item()`, `float()`) off a tensor that "
-            "depends on the weights of the examples, which loses its derivatives: keep it a tensor, or use another "
-            "optimizer."
-        ),
-    ):
+    with torch.no_grad(), refuse_numbers(_READS_NUMBERS):
         with _NormOfNorms():
             clip(twin)
         _plain_step(twin)
