@@ -4,8 +4,11 @@ One real direction of degree 1, carried in one pass. The time on jets is that of
 on replaced tensors, of the optimizer's step on them, and of what makes them, looks at the size of coefficients and
 frees them: here the jets of parameters, gradients and weights are kept until the pass has ended, and freed at once.
 Passes of Python's garbage collector, which begin wherever enough objects have been made, most of them jets, have a row
-of their own. Everything else is what the callback's other functions take. The run's own step takes longer between jets,
-which leave its memory out of the caches, than by itself; so does everything else.
+of their own. Everything else is what the callback's other functions take.
+
+Jets leave the memory of all others out of the caches: the run's own step takes longer between them than by itself, and
+so does everything else. The second column is what the same work takes without jets: the step is recorded, run again
+and checked as in the first, on plain tensors in the place of those with coefficients.
 
     python examples/benchmarks/overhead.py [--blocks 62] [--steps 100] [--rounds 3]
 """
@@ -17,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -145,6 +148,30 @@ class Clock(pl.Callback):
             yield
 
 
+class _Values:
+    """The value of a plain tensor as a jet's: itself."""
+
+    def __get__(self, tensor: Tensor, owner: type) -> Tensor:
+        return tensor.detach()
+
+
+@contextmanager
+def without_jets() -> Iterator[None]:
+    """Within, steps are run again on plain tensors, which have no coefficients."""
+
+    def plain(value: Tensor, _: object, lead: object, requires_grad: bool = False) -> Tensor:
+        return value.requires_grad_(requires_grad)
+
+    with ExitStack() as stack:
+        for name, value in (("primal", _Values()), ("block", None), ("coefficients", None)):
+            stack.enter_context(mock.patch.object(Tensor, name, value, create=True))
+        for name in ("wrap", "jet"):
+            stack.enter_context(mock.patch.object(jets_of_run, name, plain))
+        stack.enter_context(mock.patch.object(RunJets, "weights", lambda jets, units: torch.ones(len(units))))
+        stack.enter_context(mock.patch.object(SketchCallback, "_write"))  # there is nothing to write
+        yield
+
+
 def measure(module: Deep, steps: int, callbacks: list[pl.Callback]) -> dict[str, float]:
     """Median milliseconds of a step's parts."""
     clock = Clock()
@@ -178,26 +205,30 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     pl.seed_everything(0, verbose=False)
     directions = np.random.default_rng(0).standard_normal((1, given.steps * BATCH)) / given.steps
-    plain, tracked = [], []
+    plain: list[float] = []
+    tracked: list[list[dict[str, float]]] = [[], []]
     for _ in range(given.rounds):
         plain.append(measure(Deep(given.blocks), given.steps, [])["run"])
-        with tempfile.TemporaryDirectory() as dirpath:
-            callback = SketchCallback(dirpath, directions, 1)
-            tracked.append(measure(Deep(given.blocks), given.steps, [callback]))
-    step, best = min(plain), min(tracked, key=lambda parts: sum(parts.values()))
+        for found, context in zip(tracked, (nullcontext, without_jets), strict=True):
+            with tempfile.TemporaryDirectory() as dirpath, context():
+                found.append(measure(Deep(given.blocks), given.steps, [SketchCallback(dirpath, directions, 1)]))
+    step = min(plain)
+    best = [min(found, key=lambda parts: sum(parts.values())) for found in tracked]
     modules, params = list(Deep(given.blocks).modules()), list(Deep(given.blocks).parameters())
     print(f"{len(modules)} modules, {len(params)} parameters.\n")
-    print("| part of a tracked step | ms | plain steps |\n|---|---|---|")
-    parts = {
-        "the plain step, by itself": step,
-        "the plain step between jets": best["run"],
-        "jets": best["jets"],
-        "the garbage collector": best["collector"],
-        "everything else": best["callback"],
-        "together": sum(best.values()),
+    print(f"The plain step by itself: {step:.2f} ms.\n")
+    print("| part of a tracked step | ms | plain steps | ms without jets | plain steps |\n|---|---|---|---|---|")
+    rows = {
+        "run": "the plain step",
+        "jets": "its re-run, on jets or plain tensors",
+        "collector": "the garbage collector",
+        "callback": "everything else",
     }
-    for part, milliseconds in parts.items():
-        print(f"| {part} | {milliseconds:.2f} | {milliseconds / step:.2f} |")
+    for kind, part in rows.items():
+        numbers = (f"{parts[kind]:.2f} | {parts[kind] / step:.2f}" for parts in best)
+        print(f"| {part} | {' | '.join(numbers)} |")
+    totals = (f"{sum(parts.values()):.2f} | {sum(parts.values()) / step:.2f}" for parts in best)
+    print(f"| together | {' | '.join(totals)} |")
 
 
 if __name__ == "__main__":
