@@ -268,6 +268,25 @@ def test_parameters_and_buffers_that_a_run_registers_are_taken_away():
     assert [name for name, _ in (*module.named_parameters(), *module.named_buffers())] == names
 
 
+@pytest.mark.parametrize("order", ["", "a", "b", "ab", "ba", "aba", "bab", "abb"])
+def test_states_with_other_buffers_are_taken_up_in_any_order(order):
+    """Oracle: the names and tensors of the module when the states were remembered, and before."""
+    module = Classifier()
+    states = {"a": ModuleState(Places(module))}
+    module.register_buffer("later", torch.zeros(2))
+    places = Places(module)
+    states["b"] = ModuleState(places)
+    before = dict(module.state_dict(keep_vars=True))
+    random_state = RandomState.capture(torch.device("cpu"))
+    with quiet(places, torch.device("cpu")) as start:
+        for name in order:
+            start(random_state, states[name])
+            assert ("later" in dict(module.named_buffers())) == (name == "b")
+    after = module.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is t for name, t in before.items())
+
+
 @pytest.mark.parametrize("drawn", range(4))
 @pytest.mark.parametrize("bits", [np.random.MT19937, np.random.PCG64])
 def test_random_numbers_go_on_from_a_state(bits, drawn):
