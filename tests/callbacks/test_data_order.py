@@ -4,12 +4,14 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import Classifier, data, fit
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sketch import Sketch, SketchCallback, SketchError
+from lightning_sketch.callbacks._examples import BatchUnits
 
 SIZE = 6
 IN_ORDER = list(range(2 * SIZE))
@@ -45,3 +47,18 @@ def test_the_order_is_of_the_rows_of_every_batch(tmp_path: Path) -> None:
     units = [i % 4 for i in IN_ORDER]
     sketch = sketched(tmp_path, TWINS, 0, 5, units=units)
     assert sketch.metadata["data_order"] == hashlib.sha256(digest.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("asked", [{250}, {0, 1, 99, 100, 101, 250}])
+def test_the_order_of_many_batches(asked: set[int]) -> None:
+    """Oracle: rows of all batches, chained by hand, whenever it is asked for."""
+    units = BatchUnits(None, "rows")
+    units.of_example = np.arange(1000)
+    digest = ""
+    for batch in range(251):
+        if batch in asked:
+            assert units.order == digest
+        rows = torch.tensor([4 * batch % 1000, batch])
+        units.of_batch({"rows": rows})
+        digest = hashlib.sha256(digest.encode() + rows.numpy().tobytes()).hexdigest()
+    assert units.order == digest
