@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice, repeat
-from operator import attrgetter, is_
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from lightning_sketch.errors import FidelityError, InstabilityError
 from lightning_sketch.jets.tensor import JetTensor, primal_of
-from lightning_sketch.shadow.flat import Copies, known_same, known_same_and_finite, read_at_once
+from lightning_sketch.shadow.flat import Copies, known_same_and_finite, read_at_once
 
 if TYPE_CHECKING:
     from lightning_sketch.shadow.update import MadeStep, OptimizerSnapshot
 
-_PRIMAL = attrgetter("primal")
 # How far a re-run in the same arithmetic may be from the run itself; another dropout mask or a forgotten term is off by
 # 1e-2 or more
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -147,7 +145,7 @@ def check_update(
     """
     before = made.gradients
     # a gradient that is elsewhere by now gives other parameters, which are looked at below
-    same = before is snapshot.gradients and known_same(of_gradients.joined, made.clipped)
+    same = before is snapshot.gradients and known_same_and_finite(of_gradients.joined, made.clipped)
     if not same:
         ours = _primals((params[name].grad for name in before.values), before)
         of_gradient = _tolerances(before.dtypes)
@@ -182,12 +180,7 @@ def check_update(
 
 def _primals(jets: Iterable[Any], like: Copies) -> list[Tensor]:
     """Order 0 of jets, zeros where there is none."""
-    found = list(jets)
-    if any(map(is_, found, repeat(None))):
-        return [
-            torch.zeros_like(t) if j is None else j.primal for j, t in zip(found, like.values.values(), strict=True)
-        ]
-    return [*map(_PRIMAL, found)]
+    return [torch.zeros_like(t) if j is None else j.primal for j, t in zip(jets, like.values.values(), strict=True)]
 
 
 @lru_cache(maxsize=32)

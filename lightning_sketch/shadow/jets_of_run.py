@@ -6,8 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from itertools import repeat
-from operator import is_
 from typing import Any
 
 import numpy as np
@@ -331,9 +329,6 @@ class RunJets:
         for name in [name for name in tensors if name not in params]:
             buffer = tensors[name]
             buffers[name] = buffer.block if type(buffer) is JetTensor else None
-        if all(map(is_, gradients.values(), repeat(None))):
-            gradients.update(zip(trained, found, strict=True))
-            return
         for name, g in zip(trained, found, strict=True):
             if g is not None:
                 before = gradients[name]

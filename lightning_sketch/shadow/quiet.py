@@ -45,7 +45,8 @@ class ModuleState:
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._restore_contents: list[Callable[[], Any]] = []
         self._seen: set[int] = set()
-        self._packages = _own_packages(type(places.module))  # type: ignore[arg-type]
+        kind: Any = type(places.module)
+        self._packages = _own_packages(kind)
         for m, key, value in places.mutable():
             if not is_metric(m):
                 self._remember(value, m, key)

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,9 +18,8 @@ from torch import Tensor
 _BYTES = 625 * 4  # of a Mersenne twister: 624 words, and the position among them
 _PAIR_BYTES = 16  # of numpy's second normal of a pair: whether there is one, and it
 # The objects behind the functions of the two modules
-_PYTHON: Any = random.getstate.__self__  # type: ignore[attr-defined]
-_NUMPY: Any = np.random.get_state.__self__  # type: ignore[attr-defined]
-_numpy_bits: Callable[[], np.random.BitGenerator] = np.random.get_bit_generator  # type: ignore[attr-defined]
+_PYTHON, _NUMPY = cast(Any, random.getstate).__self__, cast(Any, np.random.get_state).__self__
+_numpy_bits: Callable[[], np.random.BitGenerator] = cast(Any, np.random).get_bit_generator
 
 
 @dataclass(frozen=True)

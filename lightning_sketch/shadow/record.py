@@ -234,12 +234,12 @@ class TrackedTensors:
             step: number of the optimizer step to come.
             readings: which raises :class:`FidelityError` naming one that was changed.
         """
-        if tuple(tensors) not in self._copies:
+        copies = self._copies.get(tuple(tensors))
+        if copies is None:
             tensors = {name: t for name, t in tensors.items() if name in self.values}
-        if not tensors:
-            return
-        names = [*tensors]
-        copies = self.copies_of(names)
+            if not tensors:
+                return
+            copies = self.copies_of(tensors)
         present = copies.join([*tensors.values()])
         if known_same(copies.joined, present):
             return
@@ -248,8 +248,9 @@ class TrackedTensors:
         def judge(changed: np.ndarray) -> None:
             if not changed.any():
                 return
+            name = [*tensors][int(changed[0].argmax())]
             raise FidelityError(
-                f"`{names[int(changed[0].argmax())]}` was changed before optimizer step {step} by something else than "
+                f"`{name}` was changed before optimizer step {step} by something else than "
                 "the optimizer and a `training_step` with a loss (a hook, another callback, a step that returned "
                 "None), so its Taylor coefficients are lost: change it inside such a step, or keep a value that does "
                 "not depend on the data as a Python number."

@@ -177,7 +177,8 @@ class Held:
 
     def at_step(self, optimizer: Optimizer) -> Held:
         """Return :meth:`now`, or this where all that is held has been trained, even if it is not from here on."""
-        return self if self._holds(optimizer) and all(map(is_, self._flags, repeat(True))) else self.now(optimizer)
+        trained = all(map(is_, self._flags, repeat(True)))
+        return self if trained and self._holds(optimizer) else self.now(optimizer)
 
     def _holds(self, optimizer: Optimizer) -> bool:
         groups = [group["params"] for group in optimizer.param_groups]
